@@ -1,0 +1,200 @@
+"""`benchmark_op`: times one implementation of an operation, after it has proved equal to another.
+
+    pytest benchmarks                     everything that this machine can run
+    pytest benchmarks --quick             fewer rounds, for a look
+    pytest benchmarks --save-results      also writes benchmarks/results/<what>-<device>-torch<version>.json
+
+Within one run the ratios are worth comparing; between machines nothing is.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine's neighbours cost less so
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEERS = ("torch", "triton", "transformers", "numpy")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lamina")
+    group.addoption("--quick", action="store_true", help="fewer rounds of each benchmark")
+    group.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    options = config.option
+    options.benchmark_warmup = "on"
+    options.benchmark_warmup_iterations = 2 if options.quick else 5
+    options.benchmark_min_rounds = 5 if options.quick else 20
+    options.benchmark_max_time = "0.2" if options.quick else "2.0"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(machine())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One file a benchmark file, written beside and renamed, so that a stopped run spoils no earlier result."""
+    config = session.config
+    if not config.option.save_results:
+        return
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for bench in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+        if bench.stats is None or not bench.stats.data:
+            continue
+        what = Path(bench.fullname.split("::")[0]).stem.removeprefix("bench_")
+        row = {"name": bench.name, "group": bench.group, "median_ms": 1e3 * bench.stats.median}
+        row |= {"min_ms": 1e3 * bench.stats.min, "rounds": bench.stats.rounds, **bench.extra_info}
+        rows.setdefault(what, []).append(row)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    for what, results in rows.items():
+        device = machine()["device"].replace(" ", "-")
+        path = folder / f"{what}-{device}-torch{torch.__version__.split('+')[0]}.json"
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        beside.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    """The device and the versions that a number belongs to."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
+    if DEVICE == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return found | {"device": properties.name, "memory_gb": round(properties.total_memory / 2**30)}
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return found | {"device": f"cpu-{torch.get_num_threads()}-threads", "cpu": cpu}
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> dict[str, float]:
+    """What this machine reaches at best: FLOP/s of a large float32 product, bytes/s of a large copy."""
+    n = 8192 if DEVICE == "cuda" else 1024
+    a, b = torch.randn(n, n, device=DEVICE), torch.randn(n, n, device=DEVICE)
+    source = torch.randn(2**26 if DEVICE == "cuda" else 2**24, device=DEVICE)
+    target = torch.empty_like(source)
+    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(5))
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    return {"flops": 2 * n**3 / product, "bytes": 2 * 4 * source.numel() / copy}
+
+
+@pytest.fixture
+def benchmark_op(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., None]:
+    """Times `operation(*inputs)`, forward or forward and backward, on the GPU where there is one.
+
+    Args of the fixture's function:
+        operation: takes the inputs, gives one tensor.
+        inputs: tensors; they are moved to the device, and take gradients where `backward` is set.
+        backward: whether the gradient of every input and of every one of `parameters` is computed too.
+        parameters: of a module behind `operation`.
+        reference: what must give the same output (and gradients) before anything is timed.
+        flops, bytes_moved: of one call, for the rate that is reached and its part of the machine's ceiling.
+    """
+
+    def run(
+        operation: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        backward: bool,
+        parameters: Sequence[Tensor] = (),
+        reference: Callable[..., Tensor] | None = None,
+        flops: float | None = None,
+        bytes_moved: float | None = None,
+    ) -> None:
+        placed = [t.detach().to(DEVICE).requires_grad_(backward and t.is_floating_point()) for t in inputs]
+        wanted = [t for t in (*placed, *parameters) if t.requires_grad]
+        with torch.no_grad():
+            cotangent = torch.randn_like(operation(*placed))
+
+        def outcome(of: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+            out = of(*placed)
+            return [out, *(torch.autograd.grad(out, leaves, cotangent, allow_unused=True) if leaves else ())]
+
+        def call() -> None:
+            if backward:
+                outcome(operation, wanted)
+            else:
+                with torch.no_grad():
+                    operation(*placed)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        if reference is not None:
+            leaves = [t for t in placed if t.requires_grad] if backward else []
+            check_equal(outcome(operation, leaves), outcome(reference, leaves))
+        benchmark.extra_info["device"] = DEVICE
+        benchmark.extra_info["peak_mb"] = round(peak_bytes(call) / 2**20, 2)
+        benchmark(call)
+        seconds = benchmark.stats.stats.median
+        if DEVICE == "cuda":
+            from triton.testing import do_bench
+
+            seconds = do_bench(call, return_mode="median") / 1e3
+            benchmark.extra_info["event_ms"] = 1e3 * seconds
+        for what, amount in ("flops", flops), ("bytes", bytes_moved):
+            if amount is not None:
+                benchmark.extra_info[f"{what}_per_s"] = amount / seconds
+                benchmark.extra_info[f"of_{what}_ceiling"] = round(amount / seconds / ceilings[what], 4)
+
+    return run
+
+
+def check_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Outputs and gradients agree to the precision of their dtype, relative to their size."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if e is not None and e.numel():
+            error = (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-12)
+            assert error < 100 * torch.finfo(e.dtype).eps, f"not equal: relative error {error:.3g}"
+
+
+def peak_bytes(call: Callable[[], None]) -> float:
+    """The most memory that a call holds beyond what was held before it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    from time import perf_counter
+
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - start

@@ -1,0 +1,96 @@
+"""Masks, resolved in one place for every path. A mask is boolean and True means: takes part."""
+
+import torch
+from torch import Tensor
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension among the places where `mask` is True.
+
+    Args:
+        scores: (..., L). A score of -inf is as good as False in the mask.
+        mask: bool, broadcastable to `scores`; None for all.
+
+    Returns:
+        (..., L). A row in which nothing takes part is all zero, not NaN, and passes no gradient.
+
+    Source:
+        Softmax over a subset; that an empty subset has zero weight is Lamina's rule for every path.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False], [False, False, False]])
+        >>> masked_softmax(torch.zeros(2, 3), mask)
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    if mask is None:
+        return scores.softmax(-1)
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~mask, 0.0)
+
+
+def causal_mask(queries: int, keys: int, *, device: torch.device | str | None = None) -> Tensor:
+    """The mask under which the last query sees the last key, and each earlier query one key fewer.
+
+    Args:
+        queries: Lq.
+        keys: Lk; query i sees the keys up to i + Lk - Lq, so that decoding with a cache is right.
+        device: where the mask is made.
+
+    Returns:
+        (Lq, Lk) of bool. With more queries than keys the first queries see nothing.
+
+    Reference:
+        Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.2.3.
+
+    Example:
+        >>> causal_mask(2, 3)
+        tensor([[ True,  True, False],
+                [ True,  True,  True]])
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where `mask` is not boolean or does not broadcast to `shape`."""
+    if mask is None:
+        return
+    if mask.dtype is not torch.bool:
+        raise ValueError(
+            f"{name} must be boolean with True where a place takes part, got {mask.dtype}; "
+            "a float to add to the scores is `bias`"
+        )
+    check_broadcast(name, mask, shape)
+
+
+def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where `tensor` does not broadcast to `shape`."""
+    fits = tensor.ndim <= len(shape)
+    if fits and tensor.ndim:
+        wanted = shape[-tensor.ndim :]
+        fits = all(have == 1 or have == want for have, want in zip(tensor.shape, wanted, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def combine_masks(*masks: Tensor | None) -> Tensor | None:
+    """What takes part under all of these masks, which broadcast to each other; None where none is given."""
+    combined = None
+    for mask in masks:
+        if mask is not None:
+            combined = mask if combined is None else combined & mask
+    return combined
+
+
+def resolve_mask(
+    mask: Tensor | None, bias: Tensor | None, is_causal: bool, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Everything that excludes a key from a query, as one mask that broadcasts to (B, H, Lq, Lk).
+
+    A bias of -inf excludes too: were it left to the softmax, a row of nothing else would be NaN.
+    """
+    return combine_masks(
+        mask,
+        causal_mask(queries, keys, device=device) if is_causal else None,
+        None if bias is None else bias != -torch.inf,
+    )

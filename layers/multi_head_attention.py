@@ -1,0 +1,184 @@
+"""Multi-head attention (Vaswani et al., 2017)."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels import dot_product_attention
+from ..kernels.dot_product_attention import attention_weights
+from .key_value_cache import KeyValueCache
+from .masking import attention_mask
+
+
+class MultiHeadAttention(nn.Module):
+    """Dot-product attention in several heads, each on projections of its own; self- or cross-attention.
+
+    .. math:: \\operatorname{head}_h = \\operatorname{softmax}\\left(
+              \\frac{Q_h K_h^\\top}{\\sqrt D} + b \\right) V_h,
+              \\quad o = [\\operatorname{head}_1; \\dots; \\operatorname{head}_H] \\, W^O
+
+    With `num_kv_heads` fewer than `num_heads`, neighbouring query heads share keys and values (grouped
+    queries; 1 is multi-query attention). `rotary` turns queries and keys by their positions, the last query
+    standing where the last key stands, as `is_causal` has it; `qk_norm` normalises both per head before that.
+
+    It differs from `torch.nn.MultiheadAttention` in what a mask means (True takes part), in the alignment of
+    `is_causal`, in its zero for a query without keys (there NaN), and in projecting from one weight each.
+    Time O(L C² + L² C); memory as that of `lamina.kernels.dot_product_attention`.
+
+    Args:
+        dim: C, size of a query and of the output.
+        num_heads: H.
+        num_kv_heads: heads of the keys and values; `num_heads` where it is not given.
+        head_dim: D; dim / num_heads where it is not given.
+        key_dim: size of a key before its projection; `dim` where it is not given.
+        value_dim: size of a value before its projection; `key_dim` where it is not given.
+        bias: whether the four projections have one.
+        dropout: probability with which an attention weight is dropped in training.
+        rotary: turns (B, H, L, D) by position, e.g. `RotaryPositions(head_dim)`.
+        qk_norm: makes the norm of a head's queries, and another of its keys, e.g. `nn.RMSNorm`.
+
+    Shape:
+        - query: (B, Lq, dim)
+        - key: (B, Lk, key_dim); the queries where it is not given
+        - value: (B, Lk, value_dim); the keys where it is not given
+        - key_mask: (B, Lk) of bool, True where a key takes part
+        - mask: bool, broadcastable to (B, H, Lq, Lk)
+        - bias: float, broadcastable to (B, H, Lq, Lk), added to the scores
+        - output: (B, Lq, dim); a query with no key gives the bias of the output projection alone
+
+    Raises:
+        ValueError: the heads do not divide `dim` or each other, a size or mask does not fit.
+
+    Reference:
+        Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.2.
+        Ainslie et al. GQA: Training Generalized Multi-Query Transformer Models. EMNLP 2023.
+
+    Example:
+        >>> attention = MultiHeadAttention(32, num_heads=4)
+        >>> attention(torch.randn(2, 5, 32), torch.randn(2, 7, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        rotary: nn.Module | None = None,
+        qk_norm: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                "num_kv_heads must divide num_heads, got "
+                f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        factory = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.dropout = dropout
+        key_dim = dim if key_dim is None else key_dim
+        value_dim = key_dim if value_dim is None else value_dim
+        self.query = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.key = nn.Linear(key_dim, num_kv_heads * self.head_dim, bias=bias, **factory)
+        self.value = nn.Linear(value_dim, num_kv_heads * self.head_dim, bias=bias, **factory)
+        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias, **factory)
+        self.query_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim, **factory)
+        self.key_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim, **factory)
+        self.rotary = rotary
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with zero bias, as in the original implementation."""
+        for projection in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The output, (B, Lq, dim). Shapes as above.
+
+        With a `cache`, self-attention appends the keys and values of the new tokens to it and attends over
+        all (masks are over all keys, the kept ones first); cross-attention projects `key` and `value` at the
+        first step and takes what the cache keeps at every later one.
+        """
+        if cache is not None and key is not None and cache.keys is not None and cache.values is not None:
+            k, v = cache.keys, cache.values
+        else:
+            source = query if key is None else key
+            k = self._keys(source, offset=0 if cache is None else cache.length)
+            v = self._split(self.value(source if value is None else value), self.num_kv_heads)
+            if cache is not None:
+                k, v = cache.update(k, v)
+        q = self._queries(query, offset=k.shape[2] - query.shape[1])
+        shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
+        heads = dot_product_attention(
+            q,
+            k,
+            v,
+            mask=attention_mask(key_mask, mask, shape),
+            bias=bias,
+            is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The attention weights, (B, H, Lq, Lk): each row sums to one, or to zero with no key to attend."""
+        k = self._keys(query if key is None else key, offset=0)
+        q = self._queries(query, offset=k.shape[2] - query.shape[1])
+        shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
+        return attention_weights(
+            q, k, mask=attention_mask(key_mask, mask, shape), bias=bias, is_causal=is_causal
+        )
+
+    def _queries(self, query: Tensor, offset: int) -> Tensor:
+        q: Tensor = self.query_norm(self._split(self.query(query), self.num_heads))
+        return q if self.rotary is None else self.rotary(q, offset=offset)
+
+    def _keys(self, key: Tensor, offset: int) -> Tensor:
+        k: Tensor = self.key_norm(self._split(self.key(key), self.num_kv_heads))
+        return k if self.rotary is None else self.rotary(k, offset=offset)
+
+    @staticmethod
+    def _split(tokens: Tensor, heads: int) -> Tensor:
+        return rearrange(tokens, "b l (h d) -> b h l d", h=heads)
+
+    def extra_repr(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"dim={self.dim}, {heads}, dropout={self.dropout}"

@@ -1,0 +1,86 @@
+"""What every test gets: seeded randomness, unwritten memory made visible, and the comparison of a kernel with
+its definition."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; a GPU run sets it to 0
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from lamina.kernels import use_backend
+from lamina.kernels.backend import Backend
+from torch import Tensor
+
+settings.register_profile(
+    "lamina",
+    deadline=None,
+    max_examples=25,
+    derandomize=os.environ.get("CI") == "true",  # CI replays one fixed set; elsewhere each run explores
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("lamina")
+
+device = "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and its kin hold NaN, so that a cell which a kernel forgets to write shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args, **kwargs) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return empty
+
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+    ]:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def compare(unwritten_memory_is_nan: None) -> Callable[..., None]:
+    """Asserts that a path of an operation errs at most twice as much as its definition in the same dtype.
+
+    Both are measured against the definition in float64: the output, and the gradient of every input that
+    takes one, for a random cotangent.
+    """
+
+    def run(
+        operation: Callable[..., Tensor], inputs: Sequence[Tensor], backend: Backend = "triton", **options
+    ) -> None:
+        exact_inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        with use_backend("reference"):
+            plain, exact = operation(*inputs, **options), operation(*exact_inputs, **options)
+        with use_backend(backend):
+            fast = operation(*inputs, **options)
+        assert fast.dtype == plain.dtype
+        assert fast.shape == exact.shape
+        cotangent = torch.randn_like(exact)
+        outcomes = []
+        for output, of in (exact, exact_inputs), (plain, inputs), (fast, inputs):
+            wanted = [t for t in of if t.requires_grad]
+            outcomes.append([output, *torch.autograd.grad(output, wanted, cotangent.to(output.dtype))])
+        names = ["output", *(f"gradient of input {i}" for i, t in enumerate(inputs) if t.requires_grad)]
+        for name, truth, p, f in zip(names, *outcomes, strict=True):
+            if truth.numel() == 0:
+                continue
+            floor = 4 * torch.finfo(p.dtype).eps * truth.abs().max()
+            allowed = 2 * (p.double() - truth).abs().max() + floor
+            error = (f.double() - truth).abs().max()
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+    return run

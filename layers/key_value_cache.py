@@ -73,6 +73,9 @@ class KeyValueCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"length must be between 0 and the {self.length} steps kept, got {length}")
+        if self._keys is not None and self._values is not None:
+            # Cut, not only forgotten: what a caller holds of the later steps must not be written into.
+            self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
         self.length = length
 
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ import pickle
 import pkgutil
 from typing import Any
 
-import contracts.cases
 import lamina.blocks
 import lamina.layers
 import lamina.models
 import pytest
 import torch
-from contracts.case import Case, tensors
 from torch import Tensor, nn
+
+import contracts.cases
+from contracts.case import Case, tensors
 
 CASES = [
     case

@@ -1,0 +1,63 @@
+"""Blocks and their stacks, on attention of each kind and in both norm orders."""
+
+from functools import partial
+
+import torch
+from contracts.case import Case
+from lamina.blocks import Decoder, DecoderBlock, Encoder, EncoderBlock
+from lamina.layers import AdditiveAttention, FeedForward
+from torch import nn
+
+
+def tokens(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(3, 7, 12, dtype=dtype),)
+
+
+def tokens_and_memory(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return torch.randn(3, 7, 12, dtype=dtype), torch.randn(3, 5, 12, dtype=dtype)
+
+
+def additive(dim: int, num_heads: int, **factory) -> AdditiveAttention:
+    return AdditiveAttention(dim, dim, 5, **factory)
+
+
+def masks(dtype: torch.dtype) -> dict[str, object]:
+    return {"key_mask": torch.arange(7) < torch.tensor([[7], [3], [5]]), "is_causal": True}
+
+
+CASES = [
+    Case("EncoderBlock", lambda **f: EncoderBlock(12, 3, **f), tokens, masks, dynamic=((),)),
+    Case(
+        "EncoderBlock post-norm",
+        lambda **f: EncoderBlock(12, 3, norm_first=False, dropout=0.2, drop_path=0.2, **f),
+        tokens,
+        dynamic=((0, 1),),
+    ),
+    Case(
+        "EncoderBlock swapped-parts",
+        lambda **f: EncoderBlock(
+            12,
+            attention=additive,
+            feed_forward=partial(FeedForward, hidden_dim=5, gated=True),
+            norm=nn.RMSNorm,
+            **f,
+        ),
+        tokens,
+        dynamic=((0, 1),),
+    ),
+    Case(
+        "DecoderBlock",
+        lambda **f: DecoderBlock(12, 3, **f),
+        tokens_and_memory,
+        lambda dtype: masks(dtype) | {"memory_key_mask": torch.arange(5) < torch.tensor([[5], [3], [1]])},
+        dynamic=((), ()),
+    ),
+    Case(
+        "DecoderBlock post-norm",
+        lambda **f: DecoderBlock(12, 3, norm_first=False, dropout=0.2, drop_path=0.2, **f),
+        tokens_and_memory,
+        dynamic=((0, 1), (0, 1)),
+    ),
+    Case("Encoder", lambda **f: Encoder(12, 2, 3, drop_path=0.1, **f), tokens, dynamic=((0, 1),)),
+    Case("Decoder", lambda **f: Decoder(12, 2, 3, **f), tokens_and_memory, dynamic=((0, 1), (0, 1))),
+]

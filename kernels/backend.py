@@ -74,15 +74,9 @@ def operations() -> dict[str, Callable[..., Any]]:
 
 def choose(name: str, refusals: Mapping[Backend, str]) -> Backend:
     """The path that a call of operation `name` takes, given why some refuse it."""
-    if _forced is not None:
-        if _forced in refusals:
-            _tell_once(name, _forced, refusals[_forced])
-        else:
-            return _forced
-    for backend in _ORDER:
-        if backend not in refusals:
-            return backend
-    return "reference"
+    if _forced is not None and _forced in refusals:
+        _tell_once(name, _forced, refusals[_forced])
+    return _first(refusals)
 
 
 def triton_refusal(*tensors: Tensor) -> str | None:
@@ -104,6 +98,15 @@ def forward_derivatives(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _first(refusals: Mapping[Backend, str]) -> Backend:
+    if _forced is not None and _forced not in refusals:
+        return _forced
+    for backend in _ORDER:
+        if backend not in refusals:
+            return backend
+    return "reference"
 
 
 def _tell_once(name: str, backend: Backend, reason: str) -> None:
@@ -152,6 +155,4 @@ def explain(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Explana
         )
     refusals = _refusals_of[operation](*args, **kwargs)
     name = getattr(operation, "__name__", str(operation))
-    chosen = _forced if _forced is not None and _forced not in refusals else None
-    chosen = chosen or next(b for b in (*_ORDER, "reference") if b not in refusals or b == "reference")
-    return Explanation(name, chosen, refusals)
+    return Explanation(name, _first(refusals), refusals)

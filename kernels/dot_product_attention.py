@@ -179,19 +179,17 @@ def _repeat_heads(keys: Tensor, heads: int) -> Tensor:
 def _check(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(
-            f"expected query (B, H, Lq, D), key (B, G, Lk, D) and value (B, G, Lk, Dv), got {shapes}"
-        )
-    if not (
+    fits = query.ndim == key.ndim == value.ndim == 4
+    if not fits or not (
         query.shape[0] == key.shape[0] == value.shape[0]
         and key.shape[1:3] == value.shape[1:3]
         and query.shape[-1] == key.shape[-1]
     ):
-        hint = "; are heads and lengths swapped?" if query.shape[2] == key.shape[2] != value.shape[2] else ""
+        swapped = fits and query.shape[2] == key.shape[2] != value.shape[2]
         raise ValueError(
-            f"expected query (B, H, Lq, D), key (B, G, Lk, D) and value (B, G, Lk, Dv), got {shapes}{hint}"
+            "expected query (B, H, Lq, D), key (B, G, Lk, D) and value (B, G, Lk, Dv), got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+            + ("; are heads and lengths swapped?" if swapped else "")
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(

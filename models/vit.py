@@ -103,13 +103,15 @@ class ViT(Model):
         self.patches = PatchEmbedding(
             config.dim, config.patch_size, in_channels=config.in_channels, device=device, dtype=dtype
         )
-        n_class_tokens = int(config.pool == "cls")
-        self.class_token = nn.Parameter(torch.empty(n_class_tokens, config.dim, device=device, dtype=dtype))
+        with_class_token = config.pool == "cls"
+        self.class_token = (
+            nn.Parameter(torch.empty(1, config.dim, device=device, dtype=dtype)) if with_class_token else None
+        )
         self.positions = LearnedPositions2d(
             self.patches.grid(*self._image_size),
             config.dim,
             interpolation=config.interpolation,
-            num_prefix_tokens=n_class_tokens,
+            num_prefix_tokens=int(with_class_token),
             device=device,
             dtype=dtype,
         )
@@ -148,7 +150,8 @@ class ViT(Model):
 
     def reset_parameters(self) -> None:
         """As the authors: class token and classifier zero, feed-forward networks Xavier-uniform."""
-        nn.init.zeros_(self.class_token)
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
         for module in self.encoder.modules():
             if isinstance(module, FeedForward):
                 for linear in (module.up, module.down):
@@ -168,7 +171,8 @@ class ViT(Model):
     def tokens(self, images: Tensor) -> Tensor:
         """The encoder's output, (B, N, dim): the class token, where there is one, then the patches."""
         x = self.patches(images)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.positions(x, grid=self.grid(images))
         out: Tensor = self.encoder(self.dropout(x))
         return out

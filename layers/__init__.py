@@ -15,6 +15,7 @@ from .recurrent import Recurrent, RecurrentCell
 from .rnn_cell import RNNCell
 from .rotary_positions import RotaryPositions
 from .sinusoidal_positions import SinusoidalPositions, SinusoidalPositions2d
+from .standardized_conv import StandardizedConv2d
 
 __all__ = [
     "AdditiveAttention",
@@ -36,6 +37,7 @@ __all__ = [
     "ScaleNorm",
     "SinusoidalPositions",
     "SinusoidalPositions2d",
+    "StandardizedConv2d",
     "causal_mask",
     "mask_from_lengths",
     "mask_from_padding",

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Encoder, EncoderBlock
+from ..blocks import Encoder, EncoderBlock, ResNet
 from ..layers import FeedForward, LearnedPositions2d, PatchEmbedding
 from .base import Model
 from .parts import Attention, find_part
@@ -25,15 +25,17 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class ViTConfig:
     """Sizes of a Vision Transformer. The defaults are those of ViT-B/16 at 224 pixels.
 
-    `attention` names a layer, or is {"name": …, "options": {…}}. `representation_dim` is the size of the tanh
-    layer before the classifier that the authors pre-train with, None for none. `activation` is "gelu" as in
-    the paper; the authors' code has "gelu_tanh".
+    `backbone_depths` makes it a hybrid: the units of a ResNet's stages, whose output the patches are cut
+    from. `attention` names a layer, or is {"name": …, "options": {…}}. `representation_dim` is the size of
+    the tanh layer before the classifier that the authors pre-train with, None for none. `activation` is
+    "gelu" as in the paper; the authors' code has "gelu_tanh".
     """
 
     image_size: int | tuple[int, int] = 224
     patch_size: int | tuple[int, int] = 16
     in_channels: int = 3
     num_classes: int = 1000
+    backbone_depths: tuple[int, ...] | None = None
     dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -48,7 +50,7 @@ class ViTConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size"):  # JSON has no tuples
+        for name in ("image_size", "patch_size", "backbone_depths"):  # JSON has no tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.pool not in ("cls", "mean"):
@@ -100,15 +102,21 @@ class ViT(Model):
         super().__init__()
         self.config = config
         norm = partial(nn.LayerNorm, eps=config.norm_eps)
+        self.backbone = (
+            None
+            if config.backbone_depths is None
+            else ResNet(config.backbone_depths, in_channels=config.in_channels, device=device, dtype=dtype)
+        )
+        channels = config.in_channels if self.backbone is None else self.backbone.out_channels
         self.patches = PatchEmbedding(
-            config.dim, config.patch_size, in_channels=config.in_channels, device=device, dtype=dtype
+            config.dim, config.patch_size, in_channels=channels, device=device, dtype=dtype
         )
         with_class_token = config.pool == "cls"
         self.class_token = (
             nn.Parameter(torch.empty(1, config.dim, device=device, dtype=dtype)) if with_class_token else None
         )
         self.positions = LearnedPositions2d(
-            self.patches.grid(*self._image_size),
+            self.grid(*self._image_size),
             config.dim,
             interpolation=config.interpolation,
             num_prefix_tokens=int(with_class_token),
@@ -170,16 +178,19 @@ class ViT(Model):
 
     def tokens(self, images: Tensor) -> Tensor:
         """The encoder's output, (B, N, dim): the class token, where there is one, then the patches."""
-        x = self.patches(images)
+        x = self.patches(images if self.backbone is None else self.backbone(images))
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.positions(x, grid=self.grid(images))
+        x = self.positions(x, grid=self.grid(*images.shape[-2:]))
         out: Tensor = self.encoder(self.dropout(x))
         return out
 
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches that images (…, H, W) are cut into."""
-        return self.patches.grid(*images.shape[-2:])
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches that an image of this size is cut into."""
+        if self.backbone is not None:
+            reduction = self.backbone.reduction
+            height, width = -(-height // reduction), -(-width // reduction)
+        return self.patches.grid(height, width)
 
     def example_inputs(
         self, batch_size: int = 1, device: torch.device | str | None = None
@@ -214,6 +225,15 @@ register_presets(
             ("huge", _HUGE, 14, (224,)),
         ]
         for pixels in resolutions
+    }
+    # The hybrids: /16 puts all units of ResNet-50's last two stages into the third, /32 has all four.
+    | {
+        f"vit_{size}_r50_patch{patch}_{pixels}": replace(
+            sizes, patch_size=1, image_size=pixels, backbone_depths=depths
+        )
+        for size, sizes in (("base", _BASE), ("large", _LARGE))
+        for patch, depths in ((16, (3, 4, 9)), (32, (3, 4, 6, 3)))
+        for pixels in (224, 384)
     }
     | {
         # CIFAR's 32 x 32 pixels, and scikit-learn's digits of 8 x 8.

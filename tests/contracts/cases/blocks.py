@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 from contracts.case import Case
-from lamina.blocks import Decoder, DecoderBlock, Encoder, EncoderBlock
-from lamina.layers import AdditiveAttention, FeedForward
+from lamina.blocks import Bottleneck, Decoder, DecoderBlock, Encoder, EncoderBlock, ResNet
+from lamina.layers import AdditiveAttention, FeedForward, StandardizedConv2d
 from torch import nn
 
 
@@ -15,6 +15,10 @@ def tokens(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def tokens_and_memory(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return torch.randn(3, 7, 12, dtype=dtype), torch.randn(3, 5, 12, dtype=dtype)
+
+
+def images(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(3, 2, 19, 17, dtype=dtype),)
 
 
 def additive(dim: int, num_heads: int, **factory) -> AdditiveAttention:
@@ -58,6 +62,9 @@ CASES = [
         tokens_and_memory,
         dynamic=((0, 1), (0, 1)),
     ),
+    Case("StandardizedConv2d", lambda **f: StandardizedConv2d(2, 5, 3, stride=2, bias=True, **f), images),
+    Case("Bottleneck", lambda **f: Bottleneck(2, 3, stride=2, **f), images),
+    Case("ResNet", lambda **f: ResNet((1, 2), in_channels=2, width=3, **f), images),
     Case("Encoder", lambda **f: Encoder(12, 2, 3, drop_path=0.1, **f), tokens, dynamic=((0, 1),)),
     Case("Decoder", lambda **f: Decoder(12, 2, 3, **f), tokens_and_memory, dynamic=((0, 1), (0, 1))),
 ]

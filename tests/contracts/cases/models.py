@@ -28,6 +28,7 @@ def sequences(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 CASES = [
     Case("ViT", vit(dropout=0.1, drop_path=0.1), images),
     Case("ViT mean", vit(pool="mean", representation_dim=11, activation="gelu_tanh"), images),
+    Case("ViT hybrid", vit(backbone_depths=(1, 1)), lambda dtype: (torch.randn(3, 2, 16, 16, dtype=dtype),)),
     Case("ViT headless", lambda **f: ViT(ViTConfig(**SMALL | {"num_classes": 0}), **f), images),
     Case("RecurrentClassifier", classifier(dropout=0.1), sequences),
     Case(

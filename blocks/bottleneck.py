@@ -18,10 +18,10 @@ def _group_norm(channels: int, **factory: torch.device | torch.dtype | str | Non
 class Bottleneck(nn.Module):
     """Three convolutions, 1x1 down, 3x3, 1x1 up, added to what came in.
 
-    .. math:: y = \operatorname{ReLU}(P x + n(C_3 * \operatorname{ReLU}(n(C_2 *
-              \operatorname{ReLU}(n(C_1 * x))))))
+    .. math:: y = \\operatorname{ReLU}(P x + n(C_3 * \\operatorname{ReLU}(n(C_2 *
+              \\operatorname{ReLU}(n(C_1 * x))))))
 
-    where n is the norm.     P is the identity where the shapes agree, else a 1x1 convolution and a norm. The
+    where n is the norm, and P the identity where the shapes agree, else a 1x1 convolution and a norm. The
     stride is that of the 3x3 convolution. The last norm's scale starts at zero, so that the unit starts as P
     alone.
 
@@ -79,7 +79,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network without its classifier: a 7x7 convolution, a pooling, and stages of bottleneck units.
+    """A residual network without its classifier: a 7x7 convolution, a pooling, stages of bottleneck units.
 
     .. math:: x \\mapsto \\operatorname{stage}_n(\\dots \\operatorname{stage}_1(
               \\operatorname{maxpool}(\\operatorname{ReLU}(\\operatorname{norm}(C_{7 \\times 7} \\ast x)))))

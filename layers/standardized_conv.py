@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class StandardizedConv2d(nn.Conv2d):
     """A convolution whose filters are brought to mean zero and deviation one before each use.
 
-    .. math:: \hat W_o = \frac{W_o - \operatorname{mean}(W_o)}{\operatorname{std}(W_o) + \epsilon},
-              \quad y = \hat W * x
+    .. math:: \\hat W_o = \\frac{W_o - \\operatorname{mean}(W_o)}{\\operatorname{std}(W_o) + \\epsilon},
+              \\quad y = \\hat W * x
 
     It stands with group norm where batches are small; ViT's hybrid models are built on it. The padding is
     TensorFlow's "same": ceil(size / stride) places come out, and an odd row or column of zeros goes to the

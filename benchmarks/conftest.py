@@ -45,7 +45,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """One file a benchmark file, written beside and renamed, so that a stopped run spoils no earlier result."""
+    """One file a benchmark file, written beside and renamed: a stopped run spoils no earlier result."""
     config = session.config
     if not config.option.save_results:
         return

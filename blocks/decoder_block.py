@@ -12,7 +12,22 @@ from .parts import Part, attend, made
 
 @dataclass
 class DecoderBlockCache:
-    """What one decoder block keeps between steps: its own tokens' keys and values, and the memory's."""
+    """What one decoder block keeps between steps: its own tokens' keys and values, and the memory's.
+
+    Args:
+        self_attention: over the tokens so far, (B, H, L, D).
+        cross_attention: over the memory, (B, H, Lk, D), filled at the first step.
+
+    Source:
+        Vaswani et al., whose decoder it serves; see `KeyValueCache`.
+
+    Example:
+        >>> block, memory = DecoderBlock(8, num_heads=2).eval(), torch.randn(1, 3, 8)
+        >>> tokens, cache = torch.randn(1, 4, 8), DecoderBlockCache()
+        >>> steps = [block(tokens[:, i : i + 1], memory, is_causal=True, cache=cache) for i in range(4)]
+        >>> torch.allclose(torch.cat(steps, 1), block(tokens, memory, is_causal=True), atol=1e-5)
+        True
+    """
 
     self_attention: KeyValueCache = field(default_factory=KeyValueCache)
     cross_attention: KeyValueCache = field(default_factory=KeyValueCache)

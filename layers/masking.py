@@ -66,7 +66,7 @@ def mask_from_padding(padding: Tensor) -> Tensor:
 def attention_mask(
     key_mask: Tensor | None, mask: Tensor | None, shape: tuple[int, int, int, int]
 ) -> Tensor | None:
-    """`key_mask` (B, Lk) and `mask`, checked, as one that broadcasts to the scores' `shape` (B, H, Lq, Lk)."""
+    """`key_mask` (B, Lk) and `mask`, checked, as one that broadcasts to the scores' (B, H, Lq, Lk)."""
     batch, _, _, keys = shape
     check_mask("mask", mask, shape)
     if key_mask is None:

@@ -23,12 +23,19 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a Vision Transformer. The defaults are those of ViT-B/16 at 224 pixels.
+    """Sizes of a Vision Transformer for images (B, C, H, W). The defaults are ViT-B/16 at 224 pixels.
 
     `backbone_depths` makes it a hybrid: the units of a ResNet's stages, whose output the patches are cut
     from. `attention` names a layer, or is {"name": …, "options": {…}}. `representation_dim` is the size of
     the tanh layer before the classifier that the authors pre-train with, None for none. `activation` is
     "gelu" as in the paper; the authors' code has "gelu_tanh".
+
+    Source:
+        Dosovitskiy et al. ICLR 2021. Table 1.
+
+    Example:
+        >>> ViTConfig(patch_size=32).dim
+        768
     """
 
     image_size: int | tuple[int, int] = 224

@@ -6,15 +6,14 @@ import pickle
 import pkgutil
 from typing import Any
 
+import contracts.cases
 import lamina.blocks
 import lamina.layers
 import lamina.models
 import pytest
 import torch
-from torch import Tensor, nn
-
-import contracts.cases
 from contracts.case import Case, tensors
+from torch import Tensor, nn
 
 CASES = [
     case

@@ -52,6 +52,7 @@ def test_grows_by_doubling():
 
 def test_reorders_and_crops():
     cache = KeyValueCache()
+    assert (cache.length, cache.keys, cache.values) == (0, None, None)
     cache.reorder(torch.tensor([0]))  # nothing kept yet: nothing to do
     keys, values = torch.randn(3, 2, 5, 7), torch.randn(3, 2, 5, 7)
     cache.update(keys, values)
@@ -60,9 +61,14 @@ def test_reorders_and_crops():
     assert torch.equal(cache.keys, keys[[2, 0, 2, 1], :, :3])
     assert torch.equal(cache.values, values[[2, 0, 2, 1], :, :3])
     assert cache.length == 3
+    cache.crop(3)
+    assert cache.length == 3
     for length in -1, 4:
         with pytest.raises(ValueError, match=f"length must be between 0 and the 3 steps kept, got {length}"):
             cache.crop(length)
+
+    cache.crop(0)
+    assert cache.keys.shape == (4, 2, 0, 7)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 5), (1, 2, 1, 5), (1, 3, 1, 4)])

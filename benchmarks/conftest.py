@@ -2,7 +2,8 @@
 
     pytest benchmarks                     everything that this machine can run
     pytest benchmarks --quick             fewer rounds, for a look
-    pytest benchmarks --save-results      also writes benchmarks/results/<what>-<device>-torch<version>.json
+    pytest benchmarks --save-results      also writes benchmarks/results/<what>-<device>-torch<version>.json,
+                                          or into the folder that is given as --save-results=FOLDER
 
 Within one run the ratios are worth comparing; between machines nothing is.
 """
@@ -22,13 +23,16 @@ from torch import Tensor
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine's neighbours cost less so
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESULTS = Path(__file__).parent / "results"
 PEERS = ("torch", "triton", "transformers", "numpy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lamina")
     group.addoption("--quick", action="store_true", help="fewer rounds of each benchmark")
-    group.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
+    group.addoption(
+        "--save-results", nargs="?", const=str(RESULTS), metavar="FOLDER", help="write JSON files"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,8 +61,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         row = {"name": bench.name, "group": bench.group, "median_ms": 1e3 * bench.stats.median}
         row |= {"min_ms": 1e3 * bench.stats.min, "rounds": bench.stats.rounds, **bench.extra_info}
         rows.setdefault(what, []).append(row)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+    folder = Path(config.option.save_results)
+    folder.mkdir(parents=True, exist_ok=True)
     for what, results in rows.items():
         device = machine()["device"].replace(" ", "-")
         path = folder / f"{what}-{device}-torch{torch.__version__.split('+')[0]}.json"

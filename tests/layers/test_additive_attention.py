@@ -94,6 +94,7 @@ def test_dropout_is_of_the_weights_and_in_training_only():
 
 def test_starts_as_the_paper_says():
     layer = AdditiveAttention(500, 300, 200)
+    assert set(layer.state_dict()) == {"query.weight", "key.weight", "energy.weight"}  # no bias anywhere
     assert (layer.energy.weight == 0).all()
     assert layer.query.weight.std().item() == pytest.approx(0.001, rel=0.02)
     assert layer.key.weight.std().item() == pytest.approx(0.001, rel=0.02)

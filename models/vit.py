@@ -28,7 +28,8 @@ class ViTConfig:
     `backbone_depths` makes it a hybrid: the units of a ResNet's stages, whose output the patches are cut
     from. `attention` names a layer, or is {"name": …, "options": {…}}. `representation_dim` is the size of
     the tanh layer before the classifier that the authors pre-train with, None for none. `activation` is
-    "gelu" as in the paper; the authors' code has "gelu_tanh".
+    "gelu" as in the paper; the authors' code has "gelu_tanh". `position_std` is the deviation that positions
+    start with: the authors' 0.02 takes long runs to grow, which a small data set does not afford.
 
     Source:
         Dosovitskiy et al. ICLR 2021. Table 1.
@@ -54,6 +55,7 @@ class ViTConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     norm_eps: float = 1e-6
+    position_std: float = 0.02
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
@@ -167,6 +169,8 @@ class ViT(Model):
         """As the authors: class token and classifier zero, feed-forward networks Xavier-uniform."""
         if self.class_token is not None:
             nn.init.zeros_(self.class_token)
+        for table in self.positions.parameters():
+            nn.init.normal_(table, std=self.config.position_std)
         for module in self.encoder.modules():
             if isinstance(module, FeedForward):
                 for linear in (module.up, module.down):

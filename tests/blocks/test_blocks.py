@@ -166,6 +166,21 @@ def test_what_an_attention_cannot_honour_it_refuses(given_mask):
         block(x(2, 5), **given_mask)
 
 
+def test_by_default_blocks_are_pre_norm_of_eight_heads_and_drop_nothing():
+    for block in EncoderBlock(16), DecoderBlock(16), Encoder(16, 1).blocks[0], Decoder(16, 1).blocks[0]:
+        assert block.norm_first
+        assert block.attention.num_heads == 8
+        assert block.drop_path.probability == 0
+        assert {m.p for m in block.modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+def test_every_token_is_seen_unless_causal_is_asked():
+    tokens, memory, order = x(2, 5), x(2, 3), torch.tensor([3, 1, 4, 0, 2])
+    encoder, decoder = randomised(Encoder(DIM, 2, HEADS)), randomised(Decoder(DIM, 2, HEADS))
+    torch.testing.assert_close(encoder(tokens[:, order]), encoder(tokens)[:, order])
+    torch.testing.assert_close(decoder(tokens[:, order], memory), decoder(tokens, memory)[:, order])
+
+
 def test_drop_path_grows_with_depth():
     for stack in Encoder(DIM, 5, HEADS, drop_path=0.4), Decoder(DIM, 5, HEADS, drop_path=0.4):
         rates = [block.drop_path.probability for block in stack.blocks]

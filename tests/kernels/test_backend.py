@@ -86,8 +86,11 @@ def test_explains_without_running():
     text = str(explanation)
     assert text.startswith("additive_scores runs on 'reference'")
     assert "not on a CUDA device" in text
+    assert text.endswith("reference  taken")
     with use_backend("triton"):
         explanation = explain(additive_scores, query, query, torch.randn(5))
+        assert "triton     taken: use_backend asks for it" in str(explanation)
+        assert "reference  not asked: 'triton' comes first" in str(explanation)
     assert explanation.chosen == "triton"
 
 

@@ -43,6 +43,10 @@ def test_padding_is_as_little_as_fits_and_more_behind(size, kernel, stride):
         assert after == (places - 1) * stride + kernel - size
 
 
+def test_has_no_bias_unless_asked():
+    assert set(StandardizedConv2d(2, 3, 3).state_dict()) == {"weight"}
+
+
 def test_scale_and_shift_of_a_filter_do_not_matter():
     conv, x = StandardizedConv2d(2, 3, 3, eps=0.0).double(), torch.randn(1, 2, 5, 5).double()
     expected = conv(x)

@@ -191,11 +191,14 @@ def test_another_size_interpolates_the_positions():
 
 
 def test_starts_as_the_authors_do():
-    model = create_model("vit_digits")
+    model = create_model("vit_digits", position_std=ViTConfig().position_std)
     assert (model.class_token == 0).all()
     assert (model.head.weight == 0).all()
     assert (model.head.bias == 0).all()
     assert model.positions.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert create_model("vit_digits", position_std=0.7).positions.weight.std().item() == pytest.approx(
+        0.7, rel=0.2
+    )
     up = model.encoder.blocks[0].feed_forward.up
     bound = (6 / (64 + 128)) ** 0.5
     assert up.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)

@@ -11,8 +11,10 @@ from ..layers import StandardizedConv2d
 from ..layers.standardized_conv import pad_same
 
 
-def _group_norm(channels: int, **factory: torch.device | torch.dtype | str | None) -> nn.Module:
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6, **factory)
+def _group_norm(
+    channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    return nn.GroupNorm(min(32, channels), channels, eps=1e-6, device=device, dtype=dtype)
 
 
 class Bottleneck(nn.Module):
@@ -68,8 +70,9 @@ class Bottleneck(nn.Module):
             if stride == 1 and in_channels == 4 * channels
             else nn.Sequential(conv(in_channels, 4 * channels, 1, stride=stride), norm(4 * channels))
         )
-        if isinstance(getattr(self.norm3, "weight", None), nn.Parameter):
-            nn.init.zeros_(self.norm3.weight)
+        scale = getattr(self.norm3, "weight", None)
+        if isinstance(scale, nn.Parameter):
+            nn.init.zeros_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """The unit's output. Shapes as above."""

@@ -10,6 +10,7 @@ from lamina.recipes.report import (
     read_runs,
     save_results,
     show_mean,
+    show_number,
     verdict,
     write_replications,
     write_report,
@@ -126,6 +127,14 @@ def test_the_saved_model_is_the_first_seeds(finished):
         assert value.equal(trained[f"model.{name}"])
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345, "12,345"), (True, "True"), (0.00012345, "0.0001234"), (float("nan"), "–"), ("gelu", "gelu")],
+)
+def test_a_value_is_shown_at_a_readable_length(value, text):
+    assert show_number(value) == text
+
+
 def test_newest_prefers_what_is_complete():
     runs = [{"complete": False, "n": 3}, {"complete": True, "n": 2}, {"complete": True, "n": 1}]
     assert newest(runs)["n"] == 2
@@ -151,6 +160,8 @@ def test_replications_name_what_was_missed_and_what_was_not_run(finished, tmp_pa
     (row,) = (line for line in page.splitlines() if line.startswith("| `lstm_digits`"))
     assert show_mean(result) in row
     assert "**missed**" in row
+    assert f"| {result['torch'].partition('+')[0]} |" in row
+    save_results(finished, tmp_path / "results")  # again: the file is replaced
     (row,) = (line for line in page.splitlines() if line.startswith("| `vit_digits`"))
     assert "not yet run" in row
     with pytest.raises(RecipeError, match="the docs are in a clone"):

@@ -130,11 +130,13 @@ def report(
         ),
     ] = False,
     docs: Annotated[
-        bool, typer.Option("--docs", help="Only write docs/replications.md, from recipes/results.")
+        bool,
+        typer.Option("--docs", help="Write the docs' pages of results and speeds from the committed files."),
     ] = False,
 ) -> None:
     """Writes the report again from the results in the folder."""
     from .report import save_results, write_replications, write_report
+    from .speed import write_speed
 
     console = Console(soft_wrap=True, highlight=False)
     if save or not docs:
@@ -144,6 +146,7 @@ def report(
             console.print(f"saved: {path}")
     if docs:
         console.print(f"page: {write_replications()}")
+        console.print(f"page: {write_speed()}")
 
 
 def _seeds(texts: list[str]) -> tuple[int, ...]:

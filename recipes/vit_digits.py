@@ -74,7 +74,7 @@ VIT_DIGITS = register(
             "Confusion matrix of the test": confusion_matrix,
             "What the class token attends to (rollout)": attention_over_digits,
         },
-        notes="The paper has no result on this data; its own data sets need a GPU and a download. Positions start "
-        "with a deviation of 0.5, not the paper's 0.02, from which so few images do not get away.",
+        notes="The paper has no result on this data; its own data sets need a GPU and a download. "
+        "Positions start with a deviation of 0.5, not the paper's 0.02, which so few images do not outgrow.",
     )
 )

@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options.benchmark_warmup = "on"
     options.benchmark_warmup_iterations = 2 if options.quick else 5
     options.benchmark_min_rounds = 5 if options.quick else 20
-    options.benchmark_max_time = "0.2" if options.quick else "2.0"
+    options.benchmark_max_time = "0.2" if options.quick else "1.0"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -35,6 +35,8 @@ def _refusals(
         refusals["torch"] = (
             "forward-mode derivatives are taken, which PyTorch's fused attention does not have"
         )
+    elif key.shape[-2] == 0:
+        refusals["torch"] = "there is no key"
     elif (
         forced_backend() is None  # a preference, which gives way to a wish
         and not torch.compiler.is_compiling()
@@ -151,15 +153,12 @@ def _torch_path(
         added = added if taking_part is None else added.masked_fill(~taking_part, -torch.inf)
     if added is not None and added.ndim < 2:
         added = added.expand(n_queries, n_keys)
-    if query.is_cuda and added is not None:
-        # Not every CUDA path of SDPA defines a row with no key. Such rows see all keys, and are zeroed after.
+    empty: Tensor | None = None
+    if added is not None and not _zeroes_empty_rows(query):
+        # Rows with no key see all keys, and are zeroed after.
         empty = ~(added if bias is None else added != -torch.inf).any(-1, keepdim=True)
         added = added | empty if bias is None else added.masked_fill(empty, 0.0)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=added, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-        return out.masked_fill(empty, 0.0)
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -169,6 +168,12 @@ def _torch_path(
         scale=scale,
         enable_gqa=grouped,
     )
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _zeroes_empty_rows(query: Tensor) -> bool:
+    """Whether SDPA itself gives zero to a query with no key: tested on a CPU, on a GPU up to the backend."""
+    return query.device.type == "cpu"
 
 
 def _repeat_heads(keys: Tensor, heads: int) -> Tensor:
@@ -185,11 +190,9 @@ def _check(
         and key.shape[1:3] == value.shape[1:3]
         and query.shape[-1] == key.shape[-1]
     ):
-        swapped = fits and query.shape[2] == key.shape[2] != value.shape[2]
         raise ValueError(
             "expected query (B, H, Lq, D), key (B, G, Lk, D) and value (B, G, Lk, Dv), got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
-            + ("; are heads and lengths swapped?" if swapped else "")
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(

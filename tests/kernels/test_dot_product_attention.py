@@ -1,5 +1,6 @@
 """Dot-product attention: its definition, and PyTorch's path against it on every kind of mask."""
 
+import importlib
 import itertools
 import math
 
@@ -13,6 +14,7 @@ from lamina.kernels.dot_product_attention import attention_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+module = importlib.import_module("lamina.kernels.dot_product_attention")  # the package has its function
 seeds = st.integers(0, 2**31)
 lengths = st.integers(1, 7)
 
@@ -117,6 +119,20 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient(backend, how):
     assert (gradients[0][:, :, blind] == 0).all()
     if how != "causal":
         assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_empty_rows_are_zeroed_where_pytorch_does_not(mask, bias, compare, monkeypatch):
+    """As on a GPU, whose paths do not all define them."""
+    monkeypatch.setattr(module, "_zeroes_empty_rows", lambda query: False)
+    inputs, taking_part = draw(SIZES[1], torch.float32), draw_mask(mask, SIZES[1])
+    added = draw_bias(bias, SIZES[1], torch.float32)
+
+    def operation(query, key, value, bias=None):
+        return dot_product_attention(query, key, value, mask=taking_part, bias=bias)
+
+    compare(operation, inputs if added is None else [*inputs, added], backend="torch")
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

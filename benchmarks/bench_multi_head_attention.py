@@ -29,12 +29,14 @@ def bench_multi_head_attention(benchmark, benchmark_op, how, sizes, direction):
         return theirs(x, x, x, need_weights=False)[0]
 
     backward = direction == "forward+backward"
+    timed, other = ((ours, ours), (peer, theirs)) if how == "lamina" else ((peer, theirs), (ours, ours))
     benchmark_op(
-        ours if how == "lamina" else peer,
+        timed[0],
         [torch.randn(batch, length, dim)],
         backward=backward,
-        parameters=list((ours if how == "lamina" else theirs).parameters()) if backward else (),
-        reference=ours,
+        parameters=list(timed[1].parameters()) if backward else (),
+        reference=other[0],
+        reference_parameters=list(other[1].parameters()) if backward else (),
         flops=(2 if not backward else 6) * batch * length * (4 * dim**2 + 2 * length * dim),
     )
 

@@ -45,6 +45,7 @@ def bench_recurrent(benchmark, benchmark_op, kind, how, sizes, direction):
             backward=backward,
             parameters=list(module.parameters()) if backward else (),
             reference=lambda input: theirs(input)[0],
+            reference_parameters=list(theirs.parameters()) if backward else (),
             flops=flops(kind, batch, steps, dim, direction),
         )
 
@@ -70,6 +71,7 @@ def bench_ragged(benchmark, benchmark_op, kind, how, direction):
         backward=backward,
         parameters=list((theirs if how == "torch.nn" else ours).parameters()) if backward else (),
         reference=packed,
+        reference_parameters=list(theirs.parameters()) if backward else (),
         flops=flops(kind, batch, float(lengths.double().mean()), dim, direction),
     )
 

@@ -9,18 +9,17 @@ Within one run the ratios are worth comparing; between machines nothing is.
 """
 
 import json
-import os
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine's neighbours cost less so
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).parent / "results"
@@ -104,7 +103,9 @@ def ceilings() -> dict[str, float]:
 
 
 @pytest.fixture
-def benchmark_op(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., None]:
+def benchmark_op(
+    benchmark: Any, ceilings: dict[str, float], request: pytest.FixtureRequest
+) -> Callable[..., None]:
     """Times `operation(*inputs)`, forward or forward and backward, on the GPU where there is one.
 
     Args of the fixture's function:
@@ -112,7 +113,9 @@ def benchmark_op(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., No
         inputs: tensors; they are moved to the device, and take gradients where `backward` is set.
         backward: whether the gradient of every input and of every one of `parameters` is computed too.
         parameters: of a module behind `operation`.
-        reference: what must give the same output (and gradients) before anything is timed.
+        reference: what must give the same output (and gradients) before anything is timed. The two are also
+            timed by turns: on a machine with neighbours only such a ratio can be trusted.
+        reference_parameters: of a module behind `reference`.
         flops, bytes_moved: of one call, for the rate that is reached and its part of the machine's ceiling.
     """
 
@@ -123,6 +126,7 @@ def benchmark_op(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., No
         backward: bool,
         parameters: Sequence[Tensor] = (),
         reference: Callable[..., Tensor] | None = None,
+        reference_parameters: Sequence[Tensor] = (),
         flops: float | None = None,
         bytes_moved: float | None = None,
     ) -> None:
@@ -135,18 +139,25 @@ def benchmark_op(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., No
             out = of(*placed)
             return [out, *(torch.autograd.grad(out, leaves, cotangent, allow_unused=True) if leaves else ())]
 
-        def call() -> None:
+        def once(of: Callable[..., Tensor], leaves: Sequence[Tensor]) -> None:
             if backward:
-                outcome(operation, wanted)
+                outcome(of, leaves)
             else:
                 with torch.no_grad():
-                    operation(*placed)
+                    of(*placed)
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
+        def call() -> None:
+            once(operation, wanted)
+
         if reference is not None:
-            leaves = [t for t in placed if t.requires_grad] if backward else []
-            check_equal(outcome(operation, leaves), outcome(reference, leaves))
+            inputs_only = [t for t in placed if t.requires_grad]
+            check_equal(outcome(operation, inputs_only), outcome(reference, inputs_only))
+            leaves = [*inputs_only, *reference_parameters]
+            rounds = 5 if request.config.option.quick else 20
+            ratio = by_turns(call, lambda: once(reference, leaves), rounds)
+            benchmark.extra_info["times_as_fast_as_reference"] = round(ratio, 3)
         benchmark.extra_info["device"] = DEVICE
         benchmark.extra_info["peak_mb"] = round(peak_bytes(call) / 2**20, 2)
         benchmark(call)
@@ -173,6 +184,17 @@ def check_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
             assert error < 100 * torch.finfo(e.dtype).eps, f"not equal: relative error {error:.3g}"
 
 
+def by_turns(call: Callable[[], None], other: Callable[[], None], rounds: int) -> float:
+    """How many times as fast as `other` a call is: the median ratio of pairs timed one after the other."""
+    repeat = max(1, round(2e-3 / max(min(_seconds(call) for _ in range(3)), 1e-6)))  # 2 ms at the least
+
+    def seconds(of: Callable[[], None]) -> float:
+        return _seconds(lambda: [of() for _ in range(repeat)])
+
+    seconds(other)
+    return statistics.median(seconds(other) / seconds(call) for _ in range(rounds))
+
+
 def peak_bytes(call: Callable[[], None]) -> float:
     """The most memory that a call holds beyond what was held before it."""
     if DEVICE == "cuda":
@@ -193,8 +215,6 @@ def peak_bytes(call: Callable[[], None]) -> float:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    from time import perf_counter
-
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     start = perf_counter()

@@ -27,8 +27,10 @@ def write_speed(page: Path = PAGE, folder: Path = RESULTS) -> Path:
         "<!-- Written by `lamina report --docs` from benchmarks/results: change those, not this page. -->",
         "",
         "Each table is one run on one machine; all entries were asserted equal before they were timed.",
-        "Within a group the ratios are worth comparing; between machines nothing is. What has no row is not",
-        "measured yet. `pytest benchmarks --save-results` makes the files.",
+        '"By turns" is how many times as fast as the benchmark\'s reference an entry is, the median of pairs timed',
+        "one after the other: on a machine with neighbours that ratio holds where two medians waver. Between",
+        "machines nothing is worth comparing. What has no row is not measured yet.",
+        "`pytest benchmarks --save-results` makes the files.",
     ]
     for path in sorted(folder.glob("*.json")):
         if (saved := read_json(path)) is not None:
@@ -41,7 +43,10 @@ def _section(what: str, saved: dict[str, Any]) -> list[str]:
     machine = saved["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = ["", f"## {what}", "", f"On {machine.get('cpu', '')} {machine['device']}; {versions}.", ""]
-    lines += ["| Group | Entry | Median, ms | Of the fastest | Peak, MB |", "|---|---|---|---|---|"]
+    lines += [
+        "| Group | Entry | Median, ms | Of the fastest | By turns | Peak, MB |",
+        "|---|---|---|---|---|---|",
+    ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in saved["results"]:
         groups.setdefault(row["group"] or "", []).append(row)
@@ -51,7 +56,8 @@ def _section(what: str, saved: dict[str, Any]) -> list[str]:
             ratio = f"{row['median_ms'] / fastest:.2f} ×"
             entry = row["name"].partition("[")[2].rstrip("]") or row["name"]
             lines.append(
-                f"| {group} | {entry} | {row['median_ms']:.3g} | {ratio} | {row.get('peak_mb', '')} |"
+                f"| {group} | {entry} | {row['median_ms']:.3g} | {ratio} | "
+                f"{row.get('times_as_fast_as_reference', '')} | {row.get('peak_mb', '')} |"
             )
             group = ""
     return lines

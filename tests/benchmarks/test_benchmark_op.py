@@ -49,6 +49,7 @@ def test_writes_what_it_measured_with_device_and_versions(tmp_path):
     assert row["flops_per_s"] == pytest.approx(6 * 7 * 5 * 3 / (row["median_ms"] / 1e3))
     assert 0 < row["of_flops_ceiling"] < 1
     assert row["peak_mb"] >= 0
+    assert row["times_as_fast_as_reference"] > 0
 
 
 def test_times_nothing_that_is_not_equal(tmp_path):
@@ -66,6 +67,20 @@ def test_equality_is_relative_to_the_precision():
     conftest.check_equal([exact.bfloat16() * 1.02], [exact.bfloat16()])
     with pytest.raises(AssertionError):
         conftest.check_equal([None], [exact])
+
+
+def test_by_turns_is_how_many_times_as_fast():
+    x = torch.randn(300, 300)
+
+    def once() -> None:
+        x @ x
+
+    def thrice() -> None:
+        x @ x
+        x @ x
+        x @ x
+
+    assert conftest.by_turns(once, thrice, rounds=9) > 1 > conftest.by_turns(thrice, once, rounds=9)
 
 
 def test_peak_memory_is_what_a_call_holds_at_once():

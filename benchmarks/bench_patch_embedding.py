@@ -40,5 +40,6 @@ def bench_patch_embedding(benchmark, benchmark_op, how, sizes, direction):
         backward=direction != "forward",
         parameters=parameters,
         reference=convolution if takes_image else lambda: convolution(constant),
+        reference_parameters=parameters,
         flops=2 * (1 + DIRECTIONS.index(direction)) * embed.weight.numel() * batch * rows * cols,
     )

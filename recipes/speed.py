@@ -27,8 +27,8 @@ def write_speed(page: Path = PAGE, folder: Path = RESULTS) -> Path:
         "<!-- Written by `lamina report --docs` from benchmarks/results: change those, not this page. -->",
         "",
         "Each table is one run on one machine; all entries were asserted equal before they were timed.",
-        '"By turns" is how many times as fast as the benchmark\'s reference an entry is, the median of pairs timed',
-        "one after the other: on a machine with neighbours that ratio holds where two medians waver. Between",
+        "By turns: how many times as fast as the benchmark's reference an entry is, the median of pairs",
+        "timed one after the other. On a machine with neighbours it holds where two medians waver. Between",
         "machines nothing is worth comparing. What has no row is not measured yet.",
         "`pytest benchmarks --save-results` makes the files.",
     ]

@@ -19,9 +19,10 @@ class PatchEmbedding(nn.Module):
     next full patch: `rows = ceil(max(height - patch, 0) / stride) + 1`, and columns likewise. No pixel is
     dropped, and an image that fits is not padded.
 
-    Patches side by side run as a reshape and one matrix product: as fast as a convolution, and more than
-    twice as fast where the image needs a gradient. Overlapping patches run as a convolution, since cutting
-    them out would copy each pixel several times. Cost: one multiply-add for each weight and patch.
+    Patches side by side run as a reshape and one matrix product: about as fast as a convolution, and more
+    than twice as fast where the image needs a gradient. Overlapping patches run as a convolution, since
+    cutting them out would copy each pixel several times, and so do all on a CPU without gradients, where the
+    one copy is what the product costs more. Cost: one multiply-add for each weight and patch.
 
     Args:
         dim: size of a token.
@@ -104,7 +105,7 @@ class PatchEmbedding(nn.Module):
         right = (cols - 1) * self.stride[1] + self.patch_size[1] - width
         if below or right:  # padding by nothing would still copy
             x = F.pad(x, (0, right, 0, below))
-        if self.stride == self.patch_size:
+        if self.stride == self.patch_size and (torch.is_grad_enabled() or x.device.type != "cpu"):
             tokens = F.linear(self._cut(x, rows, cols), self.weight.flatten(1), self.bias)
         else:
             tokens = F.conv2d(x, self.weight, self.bias, self.stride).flatten(2).mT

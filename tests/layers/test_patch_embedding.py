@@ -27,6 +27,8 @@ def test_equals_the_convolution_with_its_gradients(seed, height, width, patch, s
     actual, expected = embed(x), image.flatten(2).mT
     assert actual.shape == (2, rows * cols, 7)
     torch.testing.assert_close(actual, expected)
+    with torch.no_grad():  # another path
+        torch.testing.assert_close(embed(x), expected)
     inputs, cotangent = (x, embed.weight, embed.bias), torch.randn_like(expected)
     torch.testing.assert_close(
         torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)

@@ -143,19 +143,18 @@ def test_every_parameter_gets_a_gradient(case):
         assert gradient.abs().max() > 0, f"the gradient of {name} is zero"
 
 
-def differentiable_args(case: Case) -> tuple[Any, ...]:
+def differentiable_args(case: Case, dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in case.args(torch.float32)
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args(dtype)
     )
 
 
-def check_compiled(case: Case, backend: str) -> None:
+def check_compiled(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
     """Compiled as a whole, with dynamic shapes, it gives the same outputs and gradients."""
     torch._dynamo.reset()
-    module = made(case)
+    module = made(case, dtype=dtype)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    args, kwargs = differentiable_args(case), case.kwargs(torch.float32)
+    args, kwargs = differentiable_args(case, dtype), case.kwargs(dtype)
     for argument, dims in zip([a for a in args if isinstance(a, Tensor)], case.dynamic, strict=False):
         for dim in dims:
             torch._dynamo.maybe_mark_dynamic(argument, dim)
@@ -174,7 +173,8 @@ def test_compiles_whole(case):
 @pytest.mark.slow
 @every_case
 def test_compiles_whole_by_inductor(case):
-    check_compiled(case, "inductor")
+    # In float64, where another order of the same sums is no difference worth a tolerance.
+    check_compiled(case, "inductor", torch.float64)
 
 
 @every_case

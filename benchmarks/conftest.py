@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from lamina.recipes.machine import machine as where
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,12 +84,7 @@ def machine() -> dict[str, Any]:
     if DEVICE == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return found | {"device": properties.name, "memory_gb": round(properties.total_memory / 2**30)}
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return found | {"device": f"cpu-{torch.get_num_threads()}-threads", "cpu": cpu}
+    return found | {"device": f"cpu-{torch.get_num_threads()}-threads", "cpu": where("cpu")["cpu"]}
 
 
 @pytest.fixture(scope="session")

@@ -161,14 +161,10 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
 
 
 def _table_of_models() -> Table:
-    import torch
-
     from ..models import create_model, list_models
 
     table = Table("model", "parameters", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name in list_models():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in create_model(name).parameters())
-        table.add_row(name, f"{parameters:,}")
+        table.add_row(name, f"{create_model(name, device='meta').num_parameters():,}")
     return table

@@ -36,6 +36,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def check_in_clone(page: Path) -> None:
+    """Raises RecipeError where there is no folder for a page of the docs, as in an installed package."""
+    if not page.parent.is_dir():
+        raise RecipeError(
+            f"no folder {page.parent}: the docs are in a clone of the repository, not in the package"
+        )
+
+
 @contextmanager
 def only_one_process(folder: Path) -> Iterator[None]:
     """Keeps a second process out of the folder. The lock goes with the process, however it ends.

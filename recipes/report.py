@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
-from .files import read_json, write_bytes, write_json
+from .files import check_in_clone, read_json, write_bytes, write_json
 from .recipe import Metric, get_recipe, list_recipes
 
 SAVED = Path(__file__).parent / "results"  # committed results, one a recipe and machine
@@ -113,10 +113,7 @@ def write_replications(page: Path = PAGE, folder: Path = SAVED) -> Path:
     Raises:
         RecipeError: this is not a clone: there is no folder for the page.
     """
-    if not page.parent.is_dir():
-        raise RecipeError(
-            f"no folder {page.parent}: the docs are in a clone of the repository, not in the package"
-        )
+    check_in_clone(page)
     saved = [result for path in sorted(folder.glob("*.json")) if (result := read_json(path)) is not None]
     lines = [
         "# Replications",

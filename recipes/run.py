@@ -6,7 +6,6 @@ report/<recipe>/<time>/result.json      complete or not; replaced after each see
                       /seed-<n>/        last.ckpt, metrics.csv, result.json when the seed is done
 """
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -265,8 +264,7 @@ def _write_result(
 
 def _draw(plan: Plan, folder: Path, done: list[SeedResult]) -> dict[str, str]:
     """Draws the recipe's pictures and returns caption -> file name."""
-    with contextlib.redirect_stdout(io.StringIO()):  # huggingface_hub prints where it loads from
-        model = type(plan.blank).from_pretrained(folder / "model").eval()  # type: ignore[attr-defined]
+    model = type(plan.blank).from_pretrained(folder / "model").eval()  # type: ignore[attr-defined]
     data = plan.recipe.data(plan.settings, plan.folder)
     outcome = Outcome(model=model, data=data, seeds=tuple(done))
     files = {}

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError
-from .files import read_json, write_bytes
+from .files import check_in_clone, read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,10 +16,7 @@ def write_speed(page: Path = PAGE, folder: Path = RESULTS) -> Path:
     Raises:
         RecipeError: this is not a clone: there is no folder for the page.
     """
-    if not page.parent.is_dir():
-        raise RecipeError(
-            f"no folder {page.parent}: the docs are in a clone of the repository, not in the package"
-        )
+    check_in_clone(page)
     lines = [
         "# Benchmarks",
         "",

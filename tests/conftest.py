@@ -23,8 +23,6 @@ settings.register_profile(
 )
 settings.load_profile("lamina")
 
-device = "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

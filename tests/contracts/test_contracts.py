@@ -118,10 +118,10 @@ def test_inputs_are_left_alone(case):
 def test_rows_of_a_batch_do_not_meet(case):
     if any(0 not in dims for dims in case.dynamic) or tensors(case.kwargs(torch.float32)):
         pytest.skip("its first dimension is no batch, or a keyword argument carries the batch too")
-    module, args = made(case), case.args(torch.float32)
-    whole = tensors(module(*args))
+    module, args, kwargs = made(case), case.args(torch.float32), case.kwargs(torch.float32)
+    whole = tensors(module(*args, **kwargs))
     first = [a[:1] if isinstance(a, Tensor) else a for a in args]
-    alone = tensors(module(*first))
+    alone = tensors(module(*first, **kwargs))
     if len(whole[0]) == len(alone[0]):
         pytest.skip("its output has no batch")
     torch.testing.assert_close(alone[0][0], whole[0][0])

@@ -24,7 +24,17 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torch", "triton", "transformers", "numpy")
+PEERS = (
+    "torch",
+    "triton",
+    "transformers",
+    "reformer-pytorch",
+    "local-attention",
+    "linformer",
+    "axial-positional-embedding",
+    "vector-quantize-pytorch",
+    "numpy",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

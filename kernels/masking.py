@@ -51,6 +51,44 @@ def causal_mask(queries: int, keys: int, *, device: torch.device | str | None = 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def window_mask(
+    queries: int,
+    keys: int,
+    *,
+    before: int,
+    after: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The mask under which a query sees the keys near its own place, which counts from the end.
+
+    Args:
+        queries: Lq.
+        keys: Lk; query i stands at place i + Lk - Lq, so that the last query stands at the last key.
+        before: how many keys before its own place a query sees.
+        after: how many behind it; with 0 the mask is causal too.
+        device: where the mask is made.
+
+    Returns:
+        (Lq, Lk) of bool: a band of before + 1 + after keys a row, cut off at the ends.
+
+    Raises:
+        ValueError: `before` or `after` is negative.
+
+    Reference:
+        Beltagy, Peters, Cohan. Longformer: The Long-Document Transformer. arXiv:2004.05150, 2020.
+
+    Example:
+        >>> window_mask(3, 4, before=1)
+        tensor([[ True,  True, False, False],
+                [False,  True,  True, False],
+                [False, False,  True,  True]])
+    """
+    if min(before, after) < 0:
+        raise ValueError(f"before and after must not be negative, got {before=} and {after=}")
+    band = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return band.tril(keys - queries + after).triu(keys - queries - before)
+
+
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raises ValueError where `mask` is not boolean or does not broadcast to `shape`."""
     if mask is None:

@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..kernels.masking import causal_mask, check_mask, combine_masks, masked_softmax
+from ..kernels.masking import causal_mask, check_mask, combine_masks, masked_softmax, window_mask
 
-__all__ = ["attention_mask", "causal_mask", "mask_from_lengths", "mask_from_padding", "masked_softmax"]
+__all__ = [
+    "attention_mask",
+    "causal_mask",
+    "mask_from_lengths",
+    "mask_from_padding",
+    "masked_softmax",
+    "window_mask",
+]
 
 
 def mask_from_lengths(lengths: Tensor, max_length: int | None = None) -> Tensor:

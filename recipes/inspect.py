@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -153,9 +154,20 @@ def _empty(*shapes: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:
 
 
 # A test holds that every operation has its call here.
-TYPICAL_CALLS: dict[str, Callable[[torch.device], list[Tensor]]] = {
+TYPICAL_CALLS: dict[str, Callable[[torch.device], list[Any]]] = {
     "additive_scores": _empty((2, 16, 64), (2, 16, 64), (64,)),
+    "deformable_sampling": lambda device: [
+        torch.zeros(2, 24, 4, 16, device=device),
+        [(4, 6)],
+        torch.zeros(2, 8, 4, 1, 4, 2, device=device),
+        torch.zeros(2, 8, 4, 1, 4, device=device),
+    ],
     "dot_product_attention": _empty(*[(2, 4, 256, 64)] * 3),
+    "extract_glimpses": lambda device: [*_empty((2, 1, 28, 28), (2, 2))(device), 8],
+    "local_attention": _empty(*[(2, 4, 256, 64)] * 3),
+    "lsh_attention": _empty((2, 4, 256, 64), (2, 4, 256, 64), (2, 4, 4, 256)),
+    "lsh_buckets": _empty((2, 4, 256, 64), (4, 64, 4, 4)),
+    "nearest_code": _empty((256, 64), (1024, 64)),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.layers import causal_mask, mask_from_lengths, mask_from_padding, masked_softmax
+from lamina.layers import causal_mask, mask_from_lengths, mask_from_padding, masked_softmax, window_mask
 from lamina.layers.masking import attention_mask
 from torch.autograd import gradcheck
 
@@ -42,6 +42,20 @@ def test_padding_means_the_inverse():
 def test_the_last_query_sees_the_last_key(queries, keys):
     mask = causal_mask(queries, keys)
     assert mask.tolist() == [[j <= i + keys - queries for j in range(keys)] for i in range(queries)]
+
+
+@given(queries=st.integers(0, 5), keys=st.integers(0, 5), before=st.integers(0, 6), after=st.integers(0, 6))
+def test_a_window_lies_around_the_place_of_the_query(queries, keys, before, after):
+    mask = window_mask(queries, keys, before=before, after=after)
+    places = [i + keys - queries for i in range(queries)]
+    assert mask.tolist() == [[p - before <= j <= p + after for j in range(keys)] for p in places]
+    assert torch.equal(window_mask(queries, keys, before=99), causal_mask(queries, keys))
+
+
+@pytest.mark.parametrize(("before", "after"), [(-1, 0), (0, -1)])
+def test_a_window_is_not_negative(before, after):
+    with pytest.raises(ValueError, match=f"must not be negative, got before={before} and after={after}"):
+        window_mask(3, 3, before=before, after=after)
 
 
 def test_softmax_among_what_takes_part():

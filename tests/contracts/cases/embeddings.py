@@ -41,8 +41,6 @@ CASES = [
         TOKENS,
         dynamic=((0, 1),),
     ),
-    # Compiled, chunks are unrolled, so their number and with it the length is fixed.
-    Case("FeedForward chunked", lambda **factory: FeedForward(6, 11, chunk_size=3, **factory), TOKENS),
     Case("LayerNorm2d", lambda **factory: LayerNorm2d(3, **factory), IMAGE, dynamic=((0, 2, 3),)),
     Case("LearnedPositions", lambda **factory: LearnedPositions(7, 6, **factory), TOKENS),
     Case(

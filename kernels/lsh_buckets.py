@@ -1,0 +1,75 @@
+"""Angular hashing: like directions fall into one bucket (Reformer: Kitaev et al., 2020, section 2).
+
+    bucket[r, i] = argmax([x[i] R[r]; -x[i] R[r]])
+
+No kernel of its own yet: one matrix product, and the maximum and minimum of its rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Refusals, choose, operation
+
+
+def _refusals(query_key: Tensor, rotations: Tensor, **options: Any) -> Refusals:
+    return {
+        "triton": "there is no fused kernel of this operation yet",
+        "torch": "PyTorch has no routine for it: the definition is its fastest expression",
+    }
+
+
+@operation(_refusals)
+def lsh_buckets(query_key: Tensor, rotations: Tensor, *, num_buckets: int | Sequence[int]) -> Tensor:
+    """The bucket of every token in every round, by angular hashing: argmax of [xR; -xR].
+
+    Time O(R L D n / 2) for n buckets. With a pair (n1, n2) there are n1 n2 buckets for the price of n1 + n2.
+    Buckets take no gradient.
+
+    Args:
+        query_key: (B, H, L, D); only its direction matters.
+        rotations: (H, D, R, n / 2) or (1, D, R, n / 2) with normal entries; n1 / 2 + n2 / 2 columns for a
+            pair. It is hashed in float32 at the least.
+        num_buckets: n, even, or 1, or a pair of such.
+
+    Returns:
+        (B, H, R, L) of int64, in [0, n): h1 + n1 h2 for a pair.
+
+    Raises:
+        ValueError: a number of buckets is neither even nor 1, or the shapes do not fit.
+
+    Reference:
+        Kitaev, Kaiser, Levskaya. Reformer: The Efficient Transformer. ICLR 2020. Section 2.
+        Andoni et al. Practical and Optimal LSH for Angular Distance. NIPS 2015.
+
+    Example:
+        >>> lsh_buckets(torch.randn(2, 3, 100, 8), torch.randn(3, 8, 4, 5), num_buckets=10).shape
+        torch.Size([2, 3, 4, 100])
+    """
+    factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
+    if any(n < 1 or (n % 2 and n != 1) for n in factors):
+        raise ValueError(f"num_buckets must be even, or 1, got {num_buckets}")
+    halves = [n // 2 for n in factors]
+    batch, heads, length, dim = query_key.shape
+    rounds, columns = rotations.shape[-2:]
+    if rotations.shape[0] not in (1, heads) or rotations.shape[1] != dim or columns != sum(halves):
+        raise ValueError(
+            f"rotations must be ({heads}, {dim}, R, {sum(halves)}) for {num_buckets} buckets, "
+            f"got {tuple(rotations.shape)}"
+        )
+    choose("lsh_buckets", _refusals(query_key, rotations))  # to say why a forced path cannot run
+    buckets = torch.zeros(batch, heads, rounds, length, dtype=torch.int64, device=query_key.device)
+    precise = torch.promote_types(query_key.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(query_key.device.type, enabled=False):
+        turned = query_key.to(precise) @ rotations.to(precise).flatten(2)
+        turned = turned.view(batch, heads, length, rounds, columns)
+        stride = 1
+        for n, part in zip(factors, turned.split(halves, dim=-1), strict=True):
+            if n > 1:
+                (top, first), (bottom, last) = part.max(-1), part.min(-1)
+                nearest = torch.where(top >= -bottom, first, last + n // 2)
+                buckets = buckets + stride * nearest.transpose(2, 3)
+                stride = stride * n
+    return buckets

@@ -1,0 +1,136 @@
+"""Attention in windows of neighbouring tokens."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels.dot_product_attention import attention_weights
+from ..kernels.local_attention import local_attention, local_mask
+from .masking import attention_mask
+
+
+class LocalAttention(nn.Module):
+    """Self-attention within chunks of the sequence and the chunks beside them.
+
+    .. math:: o_i = \\sum_{j \\in N_i} \\operatorname{softmax}_j \\left(
+              \\frac{q_i \\cdot k_j}{\\sqrt D} \\right) v_j, \\qquad
+              N_i = \\{ j : -b \\le \\lfloor j / w \\rfloor - \\lfloor i / w \\rfloor \\le a \\}
+
+    in several heads, with w = window, b = look_back, a = look_ahead. A token sees at least its own chunk, and
+    how far beyond that reaches depends on where in its chunk it stands; a band of fixed width is
+    `MultiHeadAttention` with `window_mask`, which costs O(L²).
+
+    Reformer alternates it with LSH attention. Hugging Face's `LocalSelfAttention` joins the ends into a ring:
+    the first chunk looks back at the last unless it is causal, and the last ahead at the first even then. It
+    needs whole chunks, and leaves the output projection to another module. The package local-attention lets
+    the places that it pads with take part, unless it is given a mask; here they never do.
+    Time O(L C² + L w (b + 1 + a) C), memory O(L w (b + 1 + a) H) at most: no length by length matrix.
+
+    Args:
+        dim: C, size of a token.
+        num_heads: H.
+        head_dim: D; dim / num_heads where it is not given.
+        window: w, how many tokens a chunk holds.
+        look_back: how many chunks before its own a token sees.
+        look_ahead: how many chunks behind its own; nothing of them where `is_causal`.
+        bias: whether the four projections have one.
+        dropout: probability with which an attention weight is dropped in training.
+        rotary: turns (B, H, L, D) by position, e.g. `RotaryPositions(head_dim)`.
+
+    Shape:
+        - query: (B, L, dim), of any length
+        - key_mask: (B, L) of bool, True where a key takes part
+        - output: (B, L, dim); a query with no key gives the bias of the output projection alone
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, a size is not positive, a mask does not fit.
+
+    Reference:
+        Kitaev, Kaiser, Levskaya. Reformer: The Efficient Transformer. ICLR 2020 (its local layers).
+
+    Example:
+        >>> attention = LocalAttention(32, num_heads=4, window=16)
+        >>> attention(torch.randn(2, 100, 32), is_causal=True).shape
+        torch.Size([2, 100, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        window: int = 64,
+        look_back: int = 1,
+        look_ahead: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        rotary: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        if window < 1 or min(look_back, look_ahead) < 0:
+            raise ValueError(
+                "window must be positive, look_back and look_ahead not negative, got "
+                f"{window=}, {look_back=} and {look_ahead=}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads = dim, num_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.window, self.look_back, self.look_ahead = window, look_back, look_ahead
+        self.dropout = dropout
+        self.query = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.key = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.value = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias, **factory)
+        self.rotary = rotary
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with zero bias, as `MultiHeadAttention`."""
+        for projection in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The output, (B, L, dim). Shapes as above."""
+        heads = local_attention(
+            self._turned(self.query(query)),
+            self._turned(self.key(query)),
+            self._split(self.value(query)),
+            window=self.window,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+
+    def weights(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The attention weights, dense, (B, H, L, L): each row sums to one, or to zero with no key."""
+        batch, length = query.shape[:2]
+        seen = local_mask(length, self.window, self.look_back, self.look_ahead, query.device)
+        mask = attention_mask(key_mask, seen, (batch, self.num_heads, length, length))
+        return attention_weights(
+            self._turned(self.query(query)), self._turned(self.key(query)), mask=mask, is_causal=is_causal
+        )
+
+    def _turned(self, tokens: Tensor) -> Tensor:
+        heads = self._split(tokens)
+        return heads if self.rotary is None else self.rotary(heads)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b l (h d) -> b h l d", h=self.num_heads)
+
+    def extra_repr(self) -> str:
+        reach = f"window={self.window}, look_back={self.look_back}, look_ahead={self.look_ahead}"
+        return f"dim={self.dim}, num_heads={self.num_heads}, {reach}, dropout={self.dropout}"

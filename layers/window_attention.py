@@ -1,0 +1,277 @@
+"""Attention within the windows of a grid, shifted or not (Liu et al., 2021; Jiang et al., 2021)."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels import dot_product_attention
+from ..kernels.backend import forced_backend
+from ..kernels.dot_product_attention import attention_weights
+from ..kernels.masking import combine_masks, masked_softmax
+from ._grid import check_key_mask, find_grid
+from ._windows import Windows
+from .relative_position_bias import RelativePositionBias2d
+
+# Bytes of scores that a CPU takes at once where it writes them out: they stay in its cache. A window whose
+# scores are beyond the second number is left to PyTorch's fused attention, and one of few places never is.
+_CHUNK, _LARGE, _SHORT = 2**20, 2**25, 48
+_JOINED = "b w h t d -> b w t (h d)"
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows that a grid of tokens is cut into, linear in the grid's size.
+
+    .. math:: \\operatorname{head}_h = \\operatorname{softmax}\\left(
+              \\frac{Q_h K_h^\\top}{\\sqrt D} + b_h + m \\right) V_h, \\quad
+              m_{ij} = \\begin{cases} 0 & \\operatorname{win}(i) = \\operatorname{win}(j) \\\\
+              -\\infty & \\text{else} \\end{cases}, \\quad
+              \\operatorname{win}(i) = \\left( \\left\\lfloor \\frac{r_i - s}{w} \\right\\rfloor,
+              \\left\\lfloor \\frac{c_i - s}{w} \\right\\rfloor \\right)
+
+    for a token at row r and column c, windows of w cells a side, and the shift s; b is the bias of
+    `RelativePositionBias2d`. With shift 0 it is TransGAN's grid self-attention, and Swin's block; Swin's next
+    block shifts by half a window. An axis of the grid that fits into one window is one, and is not shifted.
+
+    The shifted windows at opposite edges are computed as one, as in Swin (roll the grid, hide one half from
+    the other), so that a shift costs no window more. A grid that windows do not divide is padded and the
+    padding hidden, exactly. In the authors' code and in `transformers`' `SwinLayer` padding takes part, with
+    the projections' biases for keys and values, and of a grid of unequal sides, one of which fits into a
+    window, both axes take the smaller window. The two agree on every grid that the windows divide.
+
+    Time O(N C² + N w² C). Memory O(N w² H) to train the bias, O(N C) without it or in evaluation, where a
+    grid that is shifted or padded has its mask besides, O(N w² H) for all images together.
+
+    Args:
+        dim: C, size of a token and of the output.
+        num_heads: H, which divides `dim`.
+        window: cells a side of a window, or its rows and columns.
+        shift: how far the windows are moved down and to the right, less than `window`; or by rows, columns.
+        grid: rows and columns of the tokens' grid where `forward` is not told; a square if neither is.
+        relative_bias: whether the scores have a relative position bias.
+        bias: whether the projections of queries, keys and values have one.
+        out_bias: whether the output's projection has one.
+        dropout: probability with which an attention weight is dropped in training.
+
+    Shape:
+        - query: (B, rows · columns, dim), row by row
+        - grid: (rows, columns)
+        - key_mask: (B, rows · columns) of bool, True where a token takes part as a key
+        - output: as query; where a window has no key, the bias of the output projection alone
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, a shift is not from 0 to less than its window, the
+            tokens do not fit the grid, or no grid is given and they are no square.
+
+    Reference:
+        Liu et al. Swin Transformer: Hierarchical Vision Transformer using Shifted Windows. ICCV 2021.
+        Jiang, Chang, Wang. TransGAN: Two Pure Transformers Can Make One Strong GAN. NeurIPS 2021.
+
+    Example:
+        >>> attention = WindowAttention(32, num_heads=4, window=4, shift=2)
+        >>> attention(torch.randn(2, 10 * 7, 32), grid=(10, 7)).shape
+        torch.Size([2, 70, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        window: int | tuple[int, int] = 7,
+        shift: int | tuple[int, int] = 0,
+        grid: tuple[int, int] | None = None,
+        relative_bias: bool = True,
+        bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.window, self.shift = _pair(window), _pair(shift)
+        for side, by in zip(self.window, self.shift, strict=True):
+            if not 0 <= by < side:
+                raise ValueError(
+                    f"window must be at least 1 and shift from 0 to window - 1, got window={window} and "
+                    f"shift={shift}"
+                )
+        factory = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.dropout = dim, num_heads, dropout
+        self.grid = None if grid is None else (grid[0], grid[1])
+        self.query = nn.Linear(dim, dim, bias=bias, **factory)
+        self.key = nn.Linear(dim, dim, bias=bias, **factory)
+        self.value = nn.Linear(dim, dim, bias=bias, **factory)
+        self.out = nn.Linear(dim, dim, bias=out_bias, **factory)
+        self.relative_bias = (
+            RelativePositionBias2d(num_heads, self.window, **factory) if relative_bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with zero bias, as those of `MultiHeadAttention`."""
+        for projection in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, query: Tensor, *, grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        rows, cols = find_grid(query, self.dim, grid, self.grid)
+        key_mask = check_key_mask(key_mask, query)
+        windows = Windows((rows, cols), self.window, self.shift)
+        tokens = windows.cut(query)
+        q, k, v = (
+            rearrange(project(tokens), "b w t (h d) -> b w h t d", h=self.num_heads)
+            for project in (self.query, self.key, self.value)
+        )
+        bias = None if self.relative_bias is None else self.relative_bias(windows.size)
+        key_mask = None if key_mask is None else windows.cut(key_mask.unsqueeze(-1)).squeeze(-1)
+        dropout = self.dropout if self.training else 0.0
+        heads = _attend(q, k, v, bias, windows.mask(query.device), key_mask, dropout)
+        return windows.join(self.out(heads))
+
+    def weights(
+        self, query: Tensor, *, grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The attention weights of every token to every other, (B, H, N, N): zero outside of its window."""
+        rows, cols = find_grid(query, self.dim, grid, self.grid)
+        key_mask = check_key_mask(key_mask, query)
+        q, k = (
+            rearrange(project(query), "b n (h d) -> b h n d", h=self.num_heads)
+            for project in (self.query, self.key)
+        )
+        cells = torch.arange(rows * cols, device=query.device)
+        same, offset = torch.ones_like(cells, dtype=torch.bool)[:, None], torch.zeros_like(cells)[:, None]
+        axes = zip(
+            (cells // max(cols, 1), cells % max(cols, 1)), (rows, cols), self.window, self.shift, strict=True
+        )
+        for place, length, side, by in axes:
+            window = (
+                torch.zeros_like(place) if length <= side else (place - by).div(side, rounding_mode="floor")
+            )
+            same = same & (window[:, None] == window)
+            apart = (place[:, None] - place).clamp(1 - side, side - 1)  # further is another window
+            offset = offset * (2 * side - 1) + apart + side - 1
+        bias = None if self.relative_bias is None else self.relative_bias.weight[offset].permute(2, 0, 1)
+        taking_part = combine_masks(same, None if key_mask is None else key_mask[:, None, None, :])
+        return attention_weights(q, k, mask=taking_part, bias=bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, window={self.window}, shift={self.shift}, "
+            f"grid={self.grid}, dropout={self.dropout}"
+        )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """(B, W, T, H D) of q, k and v (B, W, H, T, D), bias (H, T, T), mask (W, T, T), key_mask (B, W, T)."""
+    batch, windows, heads, places, _ = q.shape
+    scores = heads * places**2 * q.element_size()  # bytes a window
+    if (
+        q.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or forced_backend() is not None
+        or scores > _LARGE
+    ):
+        return _at_once(q, k, v, bias, mask, key_mask, dropout)
+    # What SDPA is fast at on a CPU: not few tokens, dropout, or the gradient of a bias.
+    trained_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if places > _SHORT and key_mask is None and not dropout and not trained_bias:
+        if mask is None:
+            return _at_once(q, k, v, bias, mask, key_mask, dropout)
+        if batch and windows * scores <= _LARGE:
+            return _image_by_image(q, k, v, _masked(bias, mask))
+    images = max(1, min(batch, _CHUNK // scores))
+    some = max(1, _CHUNK // (scores * images))
+    outputs = []
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    for b, of_images in enumerate(zip(*(t.split(images) for t in (q, k, v)), strict=True)):
+        chunks = []
+        for w, chunk in enumerate(zip(*(t.split(some, 1) for t in of_images), strict=True)):
+            here = slice(b * images, (b + 1) * images), slice(w * some, (w + 1) * some)
+            part = None if mask is None else mask[here[1]]
+            keys = None if key_mask is None else key_mask[here]
+            chunks.append(rearrange(_plain(*chunk, bias, part, keys, dropout), _JOINED))
+        outputs.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _masked(bias: Tensor | None, mask: Tensor) -> Tensor:
+    """(W, H, T, T): the mask in the bias, for all images. Each place sees itself, so no row is all -inf."""
+    return torch.where(mask[:, None], 0.0 if bias is None else bias, -torch.inf)
+
+
+def _image_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Windows as the batch, since SDPA would want the bias copied for each image."""
+    images = zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
+    heads = torch.stack([dot_product_attention(*image, bias=bias).transpose(1, 2) for image in images])
+    return heads.flatten(3)
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The definition, (B, W, H, T, D)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None and key_mask is None:
+        bias = _masked(bias, mask)
+    if bias is not None:
+        scores = scores + bias
+    if key_mask is None:
+        weights = scores.softmax(-1)
+    else:
+        mask = None if mask is None else mask[:, None]
+        weights = masked_softmax(scores, combine_masks(key_mask[:, :, None, None], mask))
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return weights.to(v.dtype) @ v
+
+
+def _at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """All windows in one call of the kernels' operation."""
+    batch, windows, heads, places, _ = q.shape
+    if mask is None and key_mask is None:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        bias = None if bias is None else bias[None]  # a CPU's SDPA is fused for masks of four dimensions
+        out = dot_product_attention(q, k, v, bias=bias, dropout=dropout).unflatten(0, (batch, windows))
+        return rearrange(out, _JOINED)
+    # Windows stand beside the heads, so that what depends on the window alone is not copied for each image.
+    q, k, v = (t.flatten(1, 2) for t in (q, k, v))
+    of_window = None if mask is None else mask[None, :, None]
+    of_image = None if key_mask is None else key_mask[:, :, None, None]
+    both = combine_masks(of_window, of_image)
+    taking_part = None if both is None else both.expand(-1, -1, heads, -1, -1).flatten(1, 2)
+    bias = None if bias is None else bias.expand(windows, heads, places, places).flatten(0, 1)
+    out = dot_product_attention(q, k, v, mask=taking_part, bias=bias, dropout=dropout)
+    return rearrange(out.unflatten(1, (windows, heads)), _JOINED)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

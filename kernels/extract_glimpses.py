@@ -108,7 +108,7 @@ def _by_products(images: Tensor, locations: Tensor, size: int, num_scales: int) 
     columns = images.to(x.dtype).flatten(1, 2) @ of_columns.flatten(1, 3).mT
     columns = columns.view(batch, channels, height, count, size).permute(0, 3, 2, 1, 4)
     glimpses = of_rows.flatten(1, 2) @ columns.flatten(3)
-    glimpses = glimpses.view(batch, -1, num_scales, size, channels, size).transpose(3, 4)
+    glimpses = glimpses.view(batch, count // num_scales, num_scales, size, channels, size).transpose(3, 4)
     return glimpses.to(images.dtype)
 
 

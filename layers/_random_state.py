@@ -30,8 +30,7 @@ class RandomState:
 class Autocast:
     """The autocast in force for the CPU and for a device, to be entered again in a backward pass.
 
-    Without its cache: a weight that was cast where no gradients are kept has none, and would be handed in
-    this form to whoever uses the weight next.
+    Without its cache: a weight that is cast where no gradients are kept is for no one who keeps them.
     """
 
     def __init__(self, device: str) -> None:

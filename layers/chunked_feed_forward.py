@@ -168,21 +168,22 @@ class _Chunks(torch.autograd.Function):
         sums = {
             n: torch.zeros_like(w) for (n, w), need in zip(weights.items(), needed[1:], strict=True) if need
         }
-        for i, (chunk, g) in enumerate(
-            zip(x.split(layer.chunk_size), grad.split(layer.chunk_size), strict=True)
-        ):
-            inner = [t.requires_grad_() for t in _inner(weights, chunk)]
-            with torch.enable_grad():
-                hidden = _hidden(layer, inner)
-            _add(sums, "down", g, hidden.detach())
-            slopes = torch.autograd.grad(hidden, inner, g @ weights["down.weight"])
-            for name, d in zip(("up", "gate"), slopes, strict=False):
-                _add(sums, name, d, chunk)
-            if dx is not None:
-                rows = dx[i * layer.chunk_size :][: len(chunk)]
-                torch.mm(slopes[0], weights["up.weight"], out=rows)
-                if len(slopes) == 2:
-                    rows.addmm_(slopes[1], weights["gate.weight"])
+        # As in the forward pass, wherever the backward pass is called from.
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), layer.chunk_size):
+                rows = slice(start, start + layer.chunk_size)
+                chunk, g = x[rows], grad[rows]
+                inner = [t.requires_grad_() for t in _inner(weights, chunk)]
+                with torch.enable_grad():
+                    hidden = _hidden(layer, inner)
+                _add(sums, "down", g, hidden.detach())
+                slopes = torch.autograd.grad(hidden, inner, g @ weights["down.weight"])
+                for name, d in zip(("up", "gate"), slopes, strict=False):
+                    _add(sums, name, d, chunk)
+                if dx is not None:
+                    torch.mm(slopes[0], weights["up.weight"], out=dx[rows])
+                    if len(slopes) == 2:
+                        dx[rows].addmm_(slopes[1], weights["gate.weight"])
         return None, None, dx, *(sums.get(name) for name in ctx.names)
 
 

@@ -61,8 +61,11 @@ class ClassToken(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, std²), not truncated."""
-        nn.init.normal_(self.weight, std=self.std)
+        """N(0, std²), not truncated. With std = 0 nothing is drawn."""
+        if self.std:
+            nn.init.normal_(self.weight, std=self.std)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[-1] != self.weight.shape[1]:

@@ -109,7 +109,7 @@ class _Largest(torch.autograd.Function):
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
         later = ctx.saved_tensors
         of_pieces = gradient.new_empty(*gradient.shape, 1 + len(later))
         for p in range(len(later), 0, -1):

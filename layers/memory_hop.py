@@ -13,7 +13,7 @@ from .temporal_encoding import TemporalEncoding, check_ages, check_count, recenc
 from .token_embedding import TokenEmbedding
 
 # Sentences are read by way of the vocabulary while it has at most this many ids for each of their words. On a
-# CPU a product with the table is that much faster than copying and weighting its rows (docs/benchmarks.md).
+# CPU a product with the table is that much faster than copying and weighting its rows (bench_memory_hop.py).
 _IDS_PER_WORD = 16
 
 
@@ -29,8 +29,8 @@ class MemoryHop(nn.Module):
     paper; any tying is done by handing the same embedding to several hops.
 
     Padding words have no influence. A memory of padding alone is an empty slot, m_i = c_i = 0. It takes no
-    part where `key_mask` says so; otherwise it draws exp(0) of the softmax to itself, as in the authors' code
-    and not in other ports. The paper adds T to every memory; here an empty slot has no age and gets none.
+    part where `key_mask` says so; otherwise it draws exp(0) of the softmax to itself, as in the authors'
+    code. The paper adds T to every memory; here an empty slot has no age and gets none.
 
     Where the vocabulary is small beside the words in memory, as in bAbI, forward never embeds a word:
     u · m_i is summed from the scalars u · A[w], and o from the words' total weights. It is the same sum in
@@ -211,9 +211,9 @@ class MemoryHop(nn.Module):
             keys = self._represent(self.input_embedding, memories, slots)
             scores = self._without_padding((keys @ state.unsqueeze(-1)).squeeze(-1), memories, slots)
         else:
-            table = self.input_embedding.weight
+            table = _table(self.input_embedding)
             scores = table_scores(state, memories, table, slots.factors, skipped=self.padding_id)
-        if self.input_temporal is not None:
+        if self.input_temporal is not None and slots.ages is not None:
             scores = scores + table_scores(state, slots.ages, self.input_temporal.rows())
         return scores
 
@@ -224,9 +224,9 @@ class MemoryHop(nn.Module):
             of_words = self._without_padding(weights, memories, slots)
             read = (of_words.to(values.dtype).unsqueeze(1) @ values).squeeze(1)
         else:
-            table = self.output_embedding.weight
+            table = _table(self.output_embedding)
             read = table_sums(weights, memories, table, slots.factors, skipped=self.padding_id)
-        if self.output_temporal is not None:
+        if self.output_temporal is not None and slots.ages is not None:
             read = read + table_sums(weights, slots.ages, self.output_temporal.rows())
         return read
 
@@ -249,14 +249,15 @@ class MemoryHop(nn.Module):
 
     def _tables_do(self, memories: Tensor) -> bool:
         """Whether all is plain tables, and the vocabulary the shorter way."""
-        if memories.is_floating_point() or type(self.encoding) is not SentenceEncoding:
+        ids = not memories.is_floating_point() and memories.dtype is not torch.bool
+        if not ids or type(self.encoding) is not SentenceEncoding:
             return False
         for embedding in self.input_embedding, self.output_embedding:
             if type(embedding) is not TokenEmbedding or embedding.scale != 1.0:
                 return False
             if embedding.padding_id not in (None, self.padding_id):
                 return False
-            if embedding.vocab_size > _IDS_PER_WORD * memories[0].numel():
+            if embedding.vocab_size > _IDS_PER_WORD * memories.shape[1:].numel():
                 return False
         called = [self.encoding, self.input_embedding, self.output_embedding]
         return not any(module._forward_hooks or module._forward_pre_hooks for module in called)
@@ -265,11 +266,12 @@ class MemoryHop(nn.Module):
         """The encoding's factors, as `table_scores` takes them."""
         if memories.ndim == 2:
             return None
-        if self.encoding.form == "bag" or self.encoding.max_words is not None:
+        encoding = self.encoding
+        assert isinstance(encoding, SentenceEncoding)
+        if encoding.form == "bag" or encoding.max_words is not None:
             word_mask = None  # no place depends on it, and the tables leave padding out
-        places, channels = self.encoding.factors(
-            memories.shape[-1], word_mask, like=self.input_embedding.weight
-        )
+        like = _table(self.input_embedding)
+        places, channels = encoding.factors(memories.shape[-1], word_mask, like=like)
         return (places[None, :, :, None] if word_mask is None else places.permute(0, 2, 3, 1)), channels
 
 
@@ -286,3 +288,8 @@ def _weights(scores: Tensor, key_mask: Tensor | None, linear: bool) -> Tensor:
     if not linear:
         return masked_softmax(scores, key_mask)
     return scores if key_mask is None else scores.masked_fill(~key_mask, 0.0)
+
+
+def _table(embedding: nn.Module) -> Tensor:
+    assert isinstance(embedding, TokenEmbedding)
+    return embedding.weight

@@ -217,7 +217,6 @@ class _Recomputed(torch.autograd.Function):
                 y2, d1 = (y2 - out).to(second), d1 + dy1
                 out, dy2 = again(block.first, y2, d1, ctx.given)
                 y1, d2 = (y1 - out).to(first), d2 + dy2
-                d1, d2 = d1.to(first), d2.to(second)
         return None, None, d1, d2, *gradients.values()
 
 

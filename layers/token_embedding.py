@@ -114,6 +114,6 @@ class _FixedRow(torch.autograd.Function):
         ctx.row = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         row = torch.tensor([ctx.row], device=gradient.device)
         return gradient.index_fill(0, row, 0.0), None

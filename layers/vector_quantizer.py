@@ -15,12 +15,20 @@ class Quantized(NamedTuple):
     """What `VectorQuantizer` returns.
 
     Attributes:
-        output: the codes in place of the vectors, shaped as x; its gradient goes straight through to x.
-        indices: which codes, int64, shaped as x without its channels; -1 where a place takes no part.
-        loss: scalar, to be added to the loss of what is built on the output.
-        perplexity: scalar, exp of the entropy of the codes in this call: 1 where all are one code, and
-            `num_codes` where all codes are equally frequent. 0 where no place takes part.
-        usage: scalar, the fraction of the codes that occur in this call.
+        output: the codes in place of the vectors; its gradient goes straight through to x.
+        indices: which codes, int64; -1 where a place takes no part.
+        loss: to be added to the loss of what is built on the output.
+        perplexity: exp of the entropy of the codes in this call: 1 where all are one code, and `num_codes`
+            where all codes are equally frequent. 0 where no place takes part.
+        usage: the fraction of the codes that occur in this call.
+
+    Shape:
+        - output: as x
+        - indices: as x without its channels
+        - loss, perplexity, usage: scalars
+
+    Reference:
+        van den Oord, Vinyals, Kavukcuoglu. Neural Discrete Representation Learning. NIPS 2017. Section 3.2.
 
     Example:
         >>> quantized = VectorQuantizer(16, 8)(torch.randn(2, 5, 8))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Encoder, EncoderBlock, ResNet
-from ..layers import FeedForward, LearnedPositions2d, PatchEmbedding
+from ..layers import ClassToken, FeedForward, LearnedPositions2d, PatchEmbedding
 from .base import Model
 from .parts import Attention, find_part
 from .registry import register_presets
@@ -122,7 +122,7 @@ class ViT(Model):
         )
         with_class_token = config.pool == "cls"
         self.class_token = (
-            nn.Parameter(torch.empty(1, config.dim, device=device, dtype=dtype)) if with_class_token else None
+            ClassToken(config.dim, std=0.0, device=device, dtype=dtype) if with_class_token else None
         )
         self.positions = LearnedPositions2d(
             self.grid(*self._image_size),
@@ -168,7 +168,7 @@ class ViT(Model):
     def reset_parameters(self) -> None:
         """As the authors: class token and classifier zero, feed-forward networks Xavier-uniform."""
         if self.class_token is not None:
-            nn.init.zeros_(self.class_token)
+            self.class_token.reset_parameters()
         for table in self.positions.parameters():
             nn.init.normal_(table, std=self.config.position_std)
         for module in self.encoder.modules():
@@ -191,7 +191,7 @@ class ViT(Model):
         """The encoder's output, (B, N, dim): the class token, where there is one, then the patches."""
         x = self.patches(images if self.backbone is None else self.backbone(images))
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
+            x = self.class_token(x)
         x = self.positions(x, grid=self.grid(*images.shape[-2:]))
         out: Tensor = self.encoder(self.dropout(x))
         return out

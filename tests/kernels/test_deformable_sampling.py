@@ -156,7 +156,7 @@ def test_outside_there_is_nothing_to_find_nor_to_learn(backend, place):
 
 @on_every_backend
 def test_a_location_that_is_nan_shows_and_harms_no_other(backend):
-    value, locations, weights = draw((2, 3, 2, 4, 5), SHAPES)
+    value, locations, weights = draw((2, 3, 3, 4, 5), SHAPES)
     broken = locations.detach().clone()
     broken[0, 1, 0, 2, 3, 0] = math.nan
     with use_backend(backend):

@@ -137,9 +137,10 @@ def test_what_is_no_number_still_gives_an_index():
 def test_autocast_costs_no_precision():
     x, codebook = torch.randn(211, 64), torch.randn(97, 64)
     expected = nearest_code(x, codebook)
+    torch._dynamo.reset()
+    compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(nearest_code(x, codebook), expected)
-        compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, codebook), expected)
 
 

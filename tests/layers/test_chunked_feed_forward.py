@@ -207,6 +207,15 @@ def test_autocast_is_that_of_the_forward_pass():
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
 
 
+def test_a_backward_pass_inside_autocast_keeps_its_precision():
+    layer, x = ChunkedFeedForward(6, 11, chunk_size=3), torch.randn(7, 6, requires_grad=True)
+    y, cotangent = layer(x), torch.randn(7, 6)
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(y, leaves, cotangent), expected, rtol=0, atol=0)
+
+
 def test_hooks_and_other_layers_in_place_of_the_linear_ones_are_honoured():
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

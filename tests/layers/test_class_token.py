@@ -76,7 +76,9 @@ def test_low_precision_is_kept(dtype):
 def test_starts_normal_or_at_zero():
     assert ClassToken(20_000).weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert ClassToken(20_000, std=0.5).weight.std().item() == pytest.approx(0.5, rel=0.03)
+    state = torch.get_rng_state()
     assert (ClassToken(7, std=0.0).weight == 0).all()
+    assert torch.equal(torch.get_rng_state(), state)
     assert ClassToken(7, distillation=True).weight.shape == (2, 7)
 
 

@@ -132,6 +132,7 @@ def test_half_precision_is_computed_in_float32(dtype, wide, requires_grad):
     """Of a mean of 300 half precision leaves few digits; statistics may be in float32, as under autocast."""
     norm = FrozenBatchNorm2d(3, dtype=torch.float32 if wide else dtype)
     norm.running_mean.fill_(300)
+    norm.running_var.fill_(3)
     x = (300 + torch.randn(2, 3, 5, 7)).to(dtype).requires_grad_(requires_grad)
     y = norm(x)
     assert y.dtype is dtype

@@ -131,6 +131,12 @@ def test_low_precision_stays_near(kind, dtype):
     torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.05)
 
 
+@every_kind
+def test_one_column_holds_the_whole_sequence(kind):
+    layer = LengthProjection(7, 1, kind=kind)
+    assert layer(torch.randn(2, 3, 5, 4)).shape == (2, 3, 1, 4)
+
+
 def test_heads_have_their_own_and_pools_have_none_to_own():
     assert draw("linear", 2).weight.shape == (2, RANK, LONGEST)
     assert draw("conv", 2).weight.shape == (2, WINDOW)

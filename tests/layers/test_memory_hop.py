@@ -222,6 +222,8 @@ def test_a_row_without_memories_keeps_its_state_and_passes_no_gradient(vocab_siz
     assert (hop.weights(state, story, key_mask=mask)[0] == 0).all()
     for none in torch.zeros(2, 0, 4, dtype=torch.int64), torch.zeros(2, 3, 0, dtype=torch.int64):
         assert hop_of(vocab_size)(state, none).equal(state)
+    nobody = torch.zeros(0, 5).double()
+    assert hop(nobody, torch.zeros(0, 3, 4, dtype=torch.int64)).shape == (0, 5)
 
 
 @ways
@@ -246,8 +248,8 @@ def test_gradients(vocab_size, linear):
         given = {"key_mask": mask, "linear": linear}
         return torch.func.functional_call(hop, dict(zip(names, wholes, strict=True)), (state, story), given)
 
-    assert gradcheck(of, (state, *few))
-    assert gradgradcheck(of, (state, *few), atol=1e-4)
+    assert gradcheck(of, (state, *few), fast_mode=True)
+    assert gradgradcheck(of, (state, *few), fast_mode=True)
 
 
 def test_other_embeddings_and_features():
@@ -404,6 +406,7 @@ def small(**options) -> MemoryHop:
             r"memories must be embedded as \(2, 3, 5\), got \(2, 3, 6\)",
         ),
         (lambda: small()(STATE, STORY.float()), "ids must be integers"),
+        (lambda: small()(STATE, STORY.bool()), "ids must be integers"),
         (lambda: small()(STATE, STORY, key_mask=torch.ones(2, 3)), "key_mask must be boolean"),
         (
             lambda: small()(STATE, STORY, key_mask=torch.ones(3, 2).bool()),

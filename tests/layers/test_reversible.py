@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lamina.layers import FeedForward, MultiHeadAttention, Reversible, ReversibleBlock
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ def attention_stacks(depth: int = 2, dropout: float = 0.0, **factory) -> tuple[R
     )
 
 
+@settings(max_examples=8)
 @given(seed=seeds)
 def test_masks_go_to_the_first_layer(seed):
     torch.manual_seed(seed)
@@ -305,9 +306,9 @@ def test_autocast_hands_no_one_a_weight_without_its_gradient():
         with torch.autocast("cpu", torch.bfloat16):
             y1, y2 = stack(torch.ones(2, 3, 5))
             z = shared(torch.ones(2, 3, 5))
-        (gradient,) = torch.autograd.grad((y1 + y2).sum() + 3 * z.sum(), shared.bias)
-        gradients.append(gradient)
-    torch.testing.assert_close(*gradients, rtol=0.02, atol=0)
+        loss = (y1 + y2).sum() + 3 * z.float().sum()
+        gradients.append(torch.autograd.grad(loss, [shared.weight, shared.bias]))
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -331,6 +332,10 @@ def test_streams_that_widen_on_the_way_get_gradients_of_their_own_dtype():
     assert actual[0].dtype is torch.float32
     assert actual[2].dtype is torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+    seen = []
+    stack.blocks[0].first.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    outcome(stack, inputs)
+    assert seen == [torch.bfloat16] * 2
 
 
 def kept(stack: nn.Module, x: Tensor) -> int:

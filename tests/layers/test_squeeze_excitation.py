@@ -72,6 +72,9 @@ def test_weights_of_convolutions_load_below_a_name_too():
     assert as_images["se.reduce.weight"].shape == (3, 5, 1, 1)
     with pytest.raises(RuntimeError, match=r"size mismatch for se\.expand\.weight"):
         ours.load_state_dict({**as_images, "se.expand.weight": torch.ones(5, 3, 3, 3)})
+    del as_images["se.reduce.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"se\.reduce\.weight"'):
+        ours.load_state_dict(as_images)
 
 
 def test_hidden_size_by_default():

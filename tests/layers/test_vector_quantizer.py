@@ -311,10 +311,9 @@ def test_autocast_and_half_precision_keep_loss_and_averages_in_float32():
         assert quantizer(x.to(dtype)).output.dtype is dtype
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_training_compiles_whole(ema_decay):
+def test_training_compiles_whole():
     torch._dynamo.reset()
-    eager = drawn(VectorQuantizer(7, 3, ema_decay=ema_decay, restart_below=0.95, **WIDE))
+    eager = drawn(VectorQuantizer(7, 3, ema_decay=0.9, restart_below=0.95, **WIDE))
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in 5, 11:

@@ -74,7 +74,7 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' names, which moved between its versions, onto ours."""
     positions = state["vit.embeddings.position_embeddings"][0]
     ours = {
-        "class_token": state["vit.embeddings.cls_token"][0],
+        "class_token.weight": state["vit.embeddings.cls_token"][0],
         "positions.prefix": positions[:1],
         "positions.weight": positions[1:],
         "patches.weight": state["vit.embeddings.patch_embeddings.projection.weight"],
@@ -185,14 +185,14 @@ def test_another_size_interpolates_the_positions():
     seen = []
     model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(1, 3, 24, 16))
-    expected[:, 0] += model.class_token[0]
+    expected[:, 0] += model.class_token.weight[0]
     expected[:, 1:] += model.patches.bias
     torch.testing.assert_close(seen[0], expected)
 
 
 def test_starts_as_the_authors_do():
     model = create_model("vit_digits", position_std=ViTConfig().position_std)
-    assert (model.class_token == 0).all()
+    assert (model.class_token.weight == 0).all()
     assert (model.head.weight == 0).all()
     assert (model.head.bias == 0).all()
     assert model.positions.weight.std().item() == pytest.approx(0.02, rel=0.2)

@@ -339,7 +339,7 @@ def test_a_vision_transformer():
     assert list(record) == [f"encoder.blocks.{i}.attention" for i in range(3)]
     assert {weights.shape for [weights] in record.values()} == {(5, 4, 17, 17)}
     block = model.encoder.blocks[0]
-    tokens = torch.cat([model.class_token.expand(5, -1, -1), model.patches(images)], dim=1)
+    tokens = model.class_token(model.patches(images))
     tokens = block.attention_norm(model.positions(tokens, grid=(4, 4)))
     torch.testing.assert_close(record["encoder.blocks.0.attention"], [block.attention.weights(tokens)])
     rollout = attention_rollout(record.last())

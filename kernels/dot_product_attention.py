@@ -151,8 +151,10 @@ def _torch_path(
     if bias is not None:
         added = bias.to(query.dtype)
         added = added if taking_part is None else added.masked_fill(~taking_part, -torch.inf)
-    if added is not None and added.ndim < 2:
-        added = added.expand(n_queries, n_keys)
+    if added is not None:
+        # Always in four dimensions: given three, PyTorch 2.13 leaves its fused path on a CPU.
+        added = added.expand(n_queries, n_keys) if added.ndim < 2 else added
+        added = added.view(*[1] * (4 - added.ndim), *added.shape)
     empty: Tensor | None = None
     if added is not None and not _zeroes_empty_rows(query):
         # Rows with no key see all keys, and are zeroed after.

@@ -35,7 +35,7 @@ def orthogonality_penalty(weight: Tensor, num_heads: int) -> Tensor:
 
     Reference:
         Ding, Wu, Sun, Guo, Guo. Hierarchical Multi-Scale Gaussian Transformer for Stock Movement Prediction.
-        IJCAI 2020. Section 3.3.
+        IJCAI 2020.
 
     Example:
         >>> round(orthogonality_penalty(torch.ones(6, 5), num_heads=3).item(), 4)  # three heads, all alike
@@ -95,7 +95,7 @@ class GaussianAttention(MultiHeadAttention):
 
     Reference:
         Ding, Wu, Sun, Guo, Guo. Hierarchical Multi-Scale Gaussian Transformer for Stock Movement Prediction.
-        IJCAI 2020. Section 3.
+        IJCAI 2020.
 
     Example:
         >>> attention = GaussianAttention(32, num_heads=4, windows=(2, 4, 8, 16))

@@ -234,6 +234,9 @@ class LowRankAttention(nn.Module):
         length = tokens.shape[1]
         if not projection.is_linear or projection.heads > 1:
             return None
+        # Whatever a user has put in place of a projection (an adapter, a quantised layer) is called.
+        if type(self.key) is not nn.Linear or type(self.value) is not nn.Linear:
+            return None
         # Compiled, the branch would pin the length.
         if not torch.compiler.is_compiling() and length < projection.columns(length):
             return None

@@ -142,10 +142,13 @@ class Reversible(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x2 = x1 if x2 is None else x2
         given = _given(key_mask, mask, is_causal)
-        if self.recompute and len(self.blocks) and not torch.compiler.is_compiling():
-            parameters = [p for p in self.parameters() if p.requires_grad]
-            if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad or parameters):
-                y1, y2 = _Recomputed.apply(self, given, x1, x2, *parameters)
+        recompute = self.recompute and len(self.blocks) and not torch.compiler.is_compiling()
+        if recompute and torch.is_grad_enabled():
+            layers: list[Any] = [layer for block in self.blocks for layer in (block.first, block.second)]
+            owned = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+            parameters = {id(p): p for own in owned for p in own}.values()
+            if x1.requires_grad or x2.requires_grad or parameters:
+                y1, y2 = _Recomputed.apply(layers, owned, given, x1, x2, *parameters)
                 return y1, y2
         for block in self.blocks:
             x1, x2 = block(x1, x2, **given)
@@ -160,17 +163,23 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stack: Reversible, given: dict[str, Any], x1: Tensor, x2: Tensor, *parameters: Tensor
+        ctx: Any,
+        layers: list[nn.Module],
+        owned: list[list[nn.Parameter]],
+        given: dict[str, Any],
+        x1: Tensor,
+        x2: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.stack, ctx.given, ctx.parameters = stack, given, parameters
+        ctx.layers, ctx.owned, ctx.given, ctx.parameters = layers, owned, given, parameters
         ctx.autocast, ctx.states, ctx.dtypes = Autocast(x1.device.type), [], []
         with ctx.autocast.again():
-            for block in ctx.stack.blocks:
-                ctx.dtypes.append((x1.dtype, x2.dtype))
+            for first, second in zip(layers[::2], layers[1::2], strict=True):
+                ctx.dtypes += x1.dtype, x2.dtype
                 ctx.states.append(RandomState(x1))
-                x1 = x1 + _kept("first", block.first(x2, **given), x1)
+                x1 = x1 + _kept("first", first(x2, **given), x1)
                 ctx.states.append(RandomState(x1))
-                x2 = x2 + _kept("second", block.second(x1), x2)
+                x2 = x2 + _kept("second", second(x1), x2)
         # Not for their values: autograd refuses what was changed in place between forward and backward.
         unchanged = [t for t in given.values() if isinstance(t, Tensor)]
         ctx.save_for_backward(x1, x2, *unchanged, *parameters)
@@ -183,41 +192,41 @@ class _Recomputed(torch.autograd.Function):
                 "a reversible stack that recomputes has no second derivative (create_graph=True): "
                 "make it with recompute=False"
             )
-        held = {id(p) for p in ctx.stack.parameters()}
-        if any(id(p) not in held for p in ctx.parameters):
-            raise RuntimeError(
-                "a parameter of a reversible stack was exchanged between forward and backward (by "
-                "torch.func.functional_call?), so that nothing can be computed again: make the stack with "
-                "recompute=False"
-            )
         y1, y2 = ctx.saved_tensors[:2]
-        gradients: dict[int, Tensor | None] = {id(p): None for p in ctx.parameters}
-        states, dtypes = list(ctx.states), list(ctx.dtypes)
-
-        def again(layer: nn.Module, x: Tensor, grad: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            """What the layer made of x, and the gradient of x; those of its parameters are added up."""
-            states.pop().restore()
-            x = x.detach().requires_grad_()
-            with torch.enable_grad(), ctx.autocast.again():
-                out = layer(x, **given)
-            if not out.requires_grad:
-                return out, torch.zeros_like(x)
-            own = [p for p in layer.parameters() if id(p) in gradients]
-            dx, *found = torch.autograd.grad(out, [x, *own], grad.to(out.dtype), allow_unused=True)
-            for p, g in zip(own, found, strict=True):
-                before = gradients[id(p)]
-                if g is not None:
-                    gradients[id(p)] = g if before is None else before + g
-            return out.detach(), torch.zeros_like(x) if dx is None else dx
-
+        sums: dict[int, Tensor | None] = {id(p): None for p in ctx.parameters}
         with RandomState(y1).aside():
-            for block in reversed(ctx.stack.blocks):
-                first, second = dtypes.pop()
-                out, dy1 = again(block.second, y1, d2, {})
-                y2, d1 = (y2 - out).to(second), d1 + dy1
-                out, dy2 = again(block.first, y2, d1, ctx.given)
-                y1, d2 = (y1 - out).to(first), d2 + dy2
-        return None, None, d1, d2, *gradients.values()
+            for i in reversed(range(0, len(ctx.layers), 2)):
+                out, dy1 = _again(ctx, i + 1, y1, {}, d2, sums)
+                y2, d1 = (y2 - out).to(ctx.dtypes[i + 1]), d1 + dy1
+                out, dy2 = _again(ctx, i, y2, ctx.given, d1, sums)
+                y1, d2 = (y1 - out).to(ctx.dtypes[i]), d2 + dy2
+        return None, None, None, d1, d2, *sums.values()
+
+
+def _again(
+    ctx: Any, i: int, x: Tensor, given: dict[str, Any], grad: Tensor, sums: dict[int, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """What layer i made of x, and the gradient of x; those of its parameters are added to `sums`."""
+    layer = ctx.layers[i]
+    held = {id(p) for p in layer.parameters()}
+    if any(id(p) not in held for p in ctx.owned[i]):
+        raise RuntimeError(
+            "a parameter of a reversible stack was exchanged between forward and backward (by "
+            "torch.func.functional_call?), so that nothing can be computed again: make the stack with "
+            "recompute=False"
+        )
+    ctx.states[i].restore()
+    x = x.detach().requires_grad_()
+    with torch.enable_grad(), ctx.autocast.again():
+        out = layer(x, **given)
+    if not out.requires_grad:
+        return out, torch.zeros_like(x)
+    dx, *found = torch.autograd.grad(out, [x, *ctx.owned[i]], grad.to(out.dtype), allow_unused=True)
+    for p, g in zip(ctx.owned[i], found, strict=True):
+        before = sums[id(p)]
+        if g is not None:
+            sums[id(p)] = g if before is None else before + g
+    return out.detach(), torch.zeros_like(x) if dx is None else dx
 
 
 def _given(key_mask: Tensor | None, mask: Tensor | None, is_causal: bool) -> dict[str, Any]:

@@ -1,22 +1,14 @@
 """Attention within the windows of a grid, shifted or not (Liu et al., 2021; Jiang et al., 2021)."""
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels import dot_product_attention
-from ..kernels.backend import forced_backend
 from ..kernels.dot_product_attention import attention_weights
-from ..kernels.masking import combine_masks, masked_softmax
+from ..kernels.masking import combine_masks
 from ._grid import check_key_mask, find_grid
-from ._windows import Windows
+from ._windows import Windows, attend_windows
 from .relative_position_bias import RelativePositionBias2d
-
-# Bytes of scores that a CPU takes at once where it writes them out: they stay in its cache. A window whose
-# scores are beyond the second number is left to PyTorch's fused attention, and one of few places never is.
-_CHUNK, _LARGE, _SHORT = 2**20, 2**25, 48
-_JOINED = "b w h t d -> b w t (h d)"
 
 
 class WindowAttention(nn.Module):
@@ -108,7 +100,9 @@ class WindowAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=bias, **factory)
         self.out = nn.Linear(dim, dim, bias=out_bias, **factory)
         self.relative_bias = (
-            RelativePositionBias2d(num_heads, self.window, **factory) if relative_bias else None
+            RelativePositionBias2d(num_heads, self.window, device=device, dtype=dtype)
+            if relative_bias
+            else None
         )
         self.reset_parameters()
 
@@ -133,7 +127,7 @@ class WindowAttention(nn.Module):
         bias = None if self.relative_bias is None else self.relative_bias(windows.size)
         key_mask = None if key_mask is None else windows.cut(key_mask.unsqueeze(-1)).squeeze(-1)
         dropout = self.dropout if self.training else 0.0
-        heads = _attend(q, k, v, bias, windows.mask(query.device), key_mask, dropout)
+        heads = attend_windows(q, k, v, bias, windows.mask(query.device), key_mask, dropout)
         return windows.join(self.out(heads))
 
     def weights(
@@ -167,110 +161,6 @@ class WindowAttention(nn.Module):
             f"dim={self.dim}, num_heads={self.num_heads}, window={self.window}, shift={self.shift}, "
             f"grid={self.grid}, dropout={self.dropout}"
         )
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """(B, W, T, H D) of q, k and v (B, W, H, T, D), bias (H, T, T), mask (W, T, T), key_mask (B, W, T)."""
-    batch, windows, heads, places, _ = q.shape
-    scores = heads * places**2 * q.element_size()  # bytes a window
-    if (
-        q.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or forced_backend() is not None
-        or scores > _LARGE
-    ):
-        return _at_once(q, k, v, bias, mask, key_mask, dropout)
-    # What SDPA is fast at on a CPU: not few tokens, dropout, or the gradient of a bias.
-    trained_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if places > _SHORT and key_mask is None and not dropout and not trained_bias:
-        if mask is None:
-            return _at_once(q, k, v, bias, mask, key_mask, dropout)
-        if batch and windows * scores <= _LARGE:
-            return _image_by_image(q, k, v, _masked(bias, mask))
-    images = max(1, min(batch, _CHUNK // scores))
-    some = max(1, _CHUNK // (scores * images))
-    outputs = []
-    # Split, not sliced: the gradient of a slice is as large as the whole.
-    for b, of_images in enumerate(zip(*(t.split(images) for t in (q, k, v)), strict=True)):
-        chunks = []
-        for w, chunk in enumerate(zip(*(t.split(some, 1) for t in of_images), strict=True)):
-            here = slice(b * images, (b + 1) * images), slice(w * some, (w + 1) * some)
-            part = None if mask is None else mask[here[1]]
-            keys = None if key_mask is None else key_mask[here]
-            chunks.append(rearrange(_plain(*chunk, bias, part, keys, dropout), _JOINED))
-        outputs.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _masked(bias: Tensor | None, mask: Tensor) -> Tensor:
-    """(W, H, T, T): the mask in the bias, for all images. Each place sees itself, so no row is all -inf."""
-    return torch.where(mask[:, None], 0.0 if bias is None else bias, -torch.inf)
-
-
-def _image_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Windows as the batch, since SDPA would want the bias copied for each image."""
-    images = zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
-    heads = torch.stack([dot_product_attention(*image, bias=bias).transpose(1, 2) for image in images])
-    return heads.flatten(3)
-
-
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """The definition, (B, W, H, T, D)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None and key_mask is None:
-        bias = _masked(bias, mask)
-    if bias is not None:
-        scores = scores + bias
-    if key_mask is None:
-        weights = scores.softmax(-1)
-    else:
-        mask = None if mask is None else mask[:, None]
-        weights = masked_softmax(scores, combine_masks(key_mask[:, :, None, None], mask))
-    weights = F.dropout(weights, dropout) if dropout else weights
-    return weights.to(v.dtype) @ v
-
-
-def _at_once(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """All windows in one call of the kernels' operation."""
-    batch, windows, heads, places, _ = q.shape
-    if mask is None and key_mask is None:
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        bias = None if bias is None else bias[None]  # a CPU's SDPA is fused for masks of four dimensions
-        out = dot_product_attention(q, k, v, bias=bias, dropout=dropout).unflatten(0, (batch, windows))
-        return rearrange(out, _JOINED)
-    # Windows stand beside the heads, so that what depends on the window alone is not copied for each image.
-    q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-    of_window = None if mask is None else mask[None, :, None]
-    of_image = None if key_mask is None else key_mask[:, :, None, None]
-    both = combine_masks(of_window, of_image)
-    taking_part = None if both is None else both.expand(-1, -1, heads, -1, -1).flatten(1, 2)
-    bias = None if bias is None else bias.expand(windows, heads, places, places).flatten(0, 1)
-    out = dot_product_attention(q, k, v, mask=taking_part, bias=bias, dropout=dropout)
-    return rearrange(out.unflatten(1, (windows, heads)), _JOINED)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -82,9 +82,10 @@ def test_output_is_the_weights_times_the_values(masked, is_causal, backend, axes
 @given(seed=seeds, length=sides, is_causal=st.booleans())
 def test_one_line_is_plain_attention(seed, length, is_causal):
     torch.manual_seed(seed)
-    tokens, plain = x(2, length, 8), MultiHeadAttention(8, 2, dtype=torch.float64)
+    tokens, rotary = x(2, length, 8), RotaryPositions(4)
+    plain = MultiHeadAttention(8, 2, rotary=rotary, dtype=torch.float64)
     for axis, grid in ("width", (1, length)), ("height", (length, 1)):
-        layer = draw(axes=[axis])
+        layer = draw(axes=[axis], rotary=rotary)
         plain.load_state_dict(layer.axes[axis].state_dict())
         torch.testing.assert_close(
             layer(tokens, grid=grid, is_causal=is_causal), plain(tokens, is_causal=is_causal)

@@ -87,6 +87,30 @@ def test_the_cheaper_order_has_the_gradients_of_the_other(kind, share):
     expected = torch.autograd.grad(formula(layer, tokens, tokens, tokens, key_mask), of, cotangent)
     torch.testing.assert_close(actual, expected)
 
+class Doubled(nn.Module):
+    """Stands for an adapter that a user puts around a projection."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * self.linear(tokens)
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_what_stands_in_place_of_a_projection_is_called(name):
+    layer, tokens = draw(), x(2, 7, 8)
+    linear = getattr(layer, name)
+    setattr(layer, name, Doubled(linear))
+    actual = layer(tokens)
+    setattr(layer, name, linear)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        linear.bias.mul_(2)
+    torch.testing.assert_close(actual, layer(tokens))
+
+
 
 @every_share
 @every_kind

@@ -171,10 +171,16 @@ def test_what_is_masked_and_padding_have_no_influence(vocab_size, kind, seed, mo
 
 
 @ways
-def test_an_empty_slot_takes_the_mass_of_exp_0_unless_it_is_masked(vocab_size):
+@pytest.mark.parametrize("kind", ["words", "sentences"])
+def test_an_empty_slot_takes_the_mass_of_exp_0_unless_it_is_masked(vocab_size, kind):
     hop = hop_of(vocab_size, padding_id=0, max_memories=5)
+    with torch.no_grad():
+        for embedding in hop.input_embedding, hop.output_embedding:
+            embedding.weight[0] = 1e3  # as a checkpoint may have it
     state, story = x(2, 5), torch.randint(1, 11, (2, 3, 4))
     padded = torch.cat([story, torch.zeros(2, 2, 4, dtype=torch.int64)], 1)
+    if kind == "words":
+        story, padded = story[:, :, 0], padded[:, :, 0]
     alone, with_empty = hop.weights(state, story), hop.weights(state, padded)
     scores = hop.weights(state, story, linear=True)
     total = scores.exp().sum(1, keepdim=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lamina.blocks import EncoderBlock
 from lamina.kernels import use_backend
 from lamina.layers import MultiHeadAttention, WindowAttention
-from lamina.layers import window_attention as module
+from lamina.layers import _windows as module
 from lamina.models import create_model
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck

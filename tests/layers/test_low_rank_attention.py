@@ -87,6 +87,7 @@ def test_the_cheaper_order_has_the_gradients_of_the_other(kind, share):
     expected = torch.autograd.grad(formula(layer, tokens, tokens, tokens, key_mask), of, cotangent)
     torch.testing.assert_close(actual, expected)
 
+
 class Doubled(nn.Module):
     """Stands for an adapter that a user puts around a projection."""
 
@@ -109,7 +110,6 @@ def test_what_stands_in_place_of_a_projection_is_called(name):
         linear.weight.mul_(2)
         linear.bias.mul_(2)
     torch.testing.assert_close(actual, layer(tokens))
-
 
 
 @every_share

@@ -127,7 +127,7 @@ def temporal_noise_ages(
         raise ValueError(f"noise must be at least 0, got {noise}")
     batch, slots = key_mask.shape
     held = key_mask.sum(-1, keepdim=True)
-    rounding = 1e-4  # 0.1 * 30 is a little more than 3, whose ceiling is 3
+    rounding = 1e-4  # in float32, 0.3 * 50 is a little more than 15
     most = (held * noise - rounding).ceil().clamp(min=0)
     uniform = torch.rand(batch, 1, generator=generator, device=key_mask.device)
     gaps = torch.minimum((uniform * (most + 1)).floor(), most)

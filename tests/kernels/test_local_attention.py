@@ -126,6 +126,15 @@ def test_gradients_of_the_definition_to_second_order():
         assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_by_default_it_sees_one_chunk_back(backend):
+    inputs = draw(1, 2, 13, 3)
+    with use_backend(backend):
+        expected = local_attention(*inputs, window=3, look_back=1, look_ahead=0)
+        torch.testing.assert_close(local_attention(*inputs, window=3), expected, rtol=0, atol=0)
+        assert not torch.allclose(local_attention(*inputs, window=3, look_back=2), expected)
+
+
 def test_forward_derivatives_take_the_definition():
     query, key, value = (t.detach() for t in draw(1, 1, 130, 3))
     tangent = torch.randn_like(query)

@@ -93,6 +93,12 @@ def test_sees_behind_itself_unless_causal():
     assert (gradient[:, 8:] == 0).all()
 
 
+def test_by_default_it_sees_one_chunk_back_and_one_ahead():
+    layer, tokens = LocalAttention(8, 2, window=4), torch.randn(1, 24, 8)
+    seen = layer.weights(tokens)[0, 0, 13] > 0
+    assert seen.nonzero().flatten().tolist() == list(range(8, 20))
+
+
 def test_tokens_that_see_none_give_the_bias_of_the_output():
     layer = draw()
     out = layer(x(2, 9, 8), key_mask=torch.tensor([[False] * 9, [True] * 9]))

@@ -114,13 +114,14 @@ def test_noise_draws_every_number_of_gaps_and_every_subset_alike():
     assert most == 13
 
 
-@pytest.mark.parametrize(("length", "most"), [(1, 2), (10, 11), (11, 13), (30, 33), (50, 55)])
-def test_the_most_gaps_are_a_tenth_rounded_up(length, most):
-    """30 * 0.1 is above 3 in float32, and its ceiling must not be 4."""
-    ages = temporal_noise_ages(
-        torch.ones(3000, length).bool(), 99, generator=torch.Generator().manual_seed(0)
-    )
-    assert ages.max() == most
+@pytest.mark.parametrize(
+    ("length", "noise", "most"),
+    [(1, 0.1, 2), (10, 0.1, 11), (11, 0.1, 13), (30, 0.1, 33), (50, 0.1, 55), (50, 0.3, 65), (7, 0.0, 7)],
+)
+def test_the_most_gaps_are_a_part_rounded_up(length, noise, most):
+    """50 * 0.3 is above 15 in float32, and its ceiling must not be 16."""
+    mask, generator = torch.ones(5000, length).bool(), torch.Generator().manual_seed(0)
+    assert temporal_noise_ages(mask, 99, noise=noise, generator=generator).max() == most
 
 
 def test_without_noise_ages_are_those_of_the_layer():

@@ -32,6 +32,17 @@ def test_is_the_operation():
     assert torch.equal(glimpses, extract_glimpses(images, locations, 4, 2))
 
 
+def test_gradients_reach_the_images_and_not_the_locations():
+    images, locations = torch.randn(2, 3, 11, 7).requires_grad_(), torch.rand(2, 2).requires_grad_()
+    glimpses = GlimpseSensor(4, num_scales=2)(images, locations)
+    cotangent = torch.randn_like(glimpses)
+    of_images, of_locations = torch.autograd.grad(glimpses, (images, locations), cotangent, allow_unused=True)
+    expected = torch.autograd.grad(extract_glimpses(images, locations, 4, 2), images, cotangent)
+    torch.testing.assert_close(of_images, expected[0])
+    assert of_images.count_nonzero()
+    assert of_locations is None
+
+
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 9), width=st.integers(1, 9))
 def test_equals_the_port_where_the_location_is_a_corner_of_pixels(seed, height, width):
     torch.manual_seed(seed)

@@ -120,6 +120,16 @@ def test_every_offset_of_a_grid_has_a_row(seed, rows, cols, most):
         assert torch.equal(layer(), bias)
 
 
+@pytest.mark.parametrize("grid", [(1, 3), (3, 1), (1, 1)])
+def test_a_grid_may_be_a_line(grid):
+    layer = RelativePositionBias2d(2, grid)
+    places = grid[0] * grid[1]
+    assert layer.weight.shape == (2 * places - 1, 2)
+    apart = torch.arange(places) - torch.arange(places)[:, None]
+    toeplitz = {int(d): layer()[0][apart == d].unique().numel() for d in apart.unique()}
+    assert set(toeplitz.values()) == {1}
+
+
 @pytest.mark.parametrize("window", [(3, 5), (7, 7)])
 def test_equals_swin(window):
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")

@@ -17,7 +17,7 @@ class LSHAttention(nn.Module):
 
     .. math:: o_i = \\sum_{(r, j) \\in V_i} \\operatorname{softmax}_{(r, j)} \\left(
               q_i \\cdot \\frac{q_j}{\\lVert q_j \\rVert} \\right) v_j, \\qquad
-              h_r(q) = \\arg\\max \\, [q R_r; -q R_r]
+              h_r(q) = \\operatorname{argmax} \\, [q R_r; -q R_r]
 
     Queries and keys are one projection. Each round r hashes them by random rotations, sorts them by bucket
     and position, and cuts the order into chunks; V_i holds the other tokens in the chunk of token i and in

@@ -46,7 +46,8 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Puts the nearest code of a learned codebook in place of each vector.
 
-    .. math:: k = \\operatorname{argmin}_j \\lVert x - e_j \\rVert, \\quad y = x + \\operatorname{sg}(e_k - x), \\quad
+    .. math:: k = \\operatorname{argmin}_j \\lVert x - e_j \\rVert, \\quad
+              y = x + \\operatorname{sg}(e_k - x), \\quad
               L = \\lVert \\operatorname{sg}(x) - e_k \\rVert^2
               + \\beta \\lVert x - \\operatorname{sg}(e_k) \\rVert^2
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Refusals, choose, forced_backend, forward_derivatives, operation
-from .masking import check_broadcast, check_mask, masked_softmax, resolve_mask
+from .checks import check_bias, check_dropout, check_mask
+from .masking import masked_softmax, resolve_mask
 
 # Up to this length a CPU is faster with two plain matrix products than with SDPA's tiles; a causal forward
 # of 48 alone measured slower so (docs/benchmarks.md). Eager only: compiled, the branch would pin the length.
-_SHORT = 48
+SHORT = 48
 
 
 def _refusals(
@@ -41,9 +42,9 @@ def _refusals(
         forced_backend() is None  # a preference, which gives way to a wish
         and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
-        and max(query.shape[-2], key.shape[-2]) <= _SHORT
+        and max(query.shape[-2], key.shape[-2]) <= SHORT
     ):
-        refusals["torch"] = f"up to {_SHORT} tokens two matrix products are faster on a CPU"
+        refusals["torch"] = f"up to {SHORT} tokens two matrix products are faster on a CPU"
     return refusals
 
 
@@ -62,8 +63,7 @@ def dot_product_attention(
     """Each query's mean of the values, weighted by the softmax of its scaled dot products with the keys.
 
     Time O(Lq Lk D). Memory O(Lq Lk) in the definition and O(Lq + Lk) in PyTorch's fused paths. The definition
-    is differentiable twice, and forward-mode; PyTorch's fused paths once: where a second derivative is
-        wanted,
+    is differentiable twice, and forward-mode; PyTorch's fused paths once. Where a second one is wanted,
     run under `use_backend("reference")`. Deterministic on a CPU; on a GPU as PyTorch's paths are, whose
     backward follows `torch.use_deterministic_algorithms`.
 
@@ -204,13 +204,7 @@ def _check(
         raise ValueError(
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_dropout(dropout)
     scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     check_mask("mask", mask, scores)
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise ValueError(
-                f"bias must be a float that is added to the scores, got {bias.dtype}; a bool is `mask`"
-            )
-        check_broadcast("bias", bias, scores)
+    check_bias(bias, scores)

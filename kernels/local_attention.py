@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Refusals, choose, forward_derivatives, operation
+from .checks import check_dropout, check_key_mask
 from .dot_product_attention import dot_product_attention, dot_product_attention_reference
-from .masking import causal_mask, check_mask
+from .masking import causal_mask
 
 
 def _refusals(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Refusals:
@@ -191,9 +192,5 @@ def _check(
             "window must be positive, look_back and look_ahead not negative, got "
             f"{window=}, {look_back=} and {look_ahead=}"
         )
-    if key_mask is not None:
-        if key_mask.ndim != 2:
-            raise ValueError(f"key_mask must be (B, L), got {tuple(key_mask.shape)}")
-        check_mask("key_mask", key_mask, (query.shape[0], query.shape[2]))
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_key_mask(key_mask, (query.shape[0], query.shape[2]), "(B, L)")
+    check_dropout(dropout)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Refusals, choose, operation
-from .masking import check_mask
+from .checks import check_dropout, check_key_mask
 
 
 def _refusals(query_key: Tensor, value: Tensor, buckets: Tensor, **options: Any) -> Refusals:
@@ -332,9 +332,5 @@ def _check(
             "num_buckets and chunk_size must be positive, look_back and look_ahead not negative, got "
             f"num_buckets={sizes[0]}, chunk_size={sizes[1]}, look_back={reach[0]} and look_ahead={reach[1]}"
         )
-    if key_mask is not None:
-        if key_mask.ndim != 2:
-            raise ValueError(f"key_mask must be (B, L), got {tuple(key_mask.shape)}")
-        check_mask("key_mask", key_mask, (query_key.shape[0], query_key.shape[2]))
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_key_mask(key_mask, (query_key.shape[0], query_key.shape[2]), "(B, L)")
+    check_dropout(dropout)

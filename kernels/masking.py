@@ -89,28 +89,6 @@ def window_mask(
     return band.tril(keys - queries + after).triu(keys - queries - before)
 
 
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where `mask` is not boolean or does not broadcast to `shape`."""
-    if mask is None:
-        return
-    if mask.dtype is not torch.bool:
-        raise ValueError(
-            f"{name} must be boolean with True where a place takes part, got {mask.dtype}; "
-            "a float to add to the scores is `bias`"
-        )
-    check_broadcast(name, mask, shape)
-
-
-def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where `tensor` does not broadcast to `shape`."""
-    fits = tensor.ndim <= len(shape)
-    if fits and tensor.ndim:
-        wanted = shape[-tensor.ndim :]
-        fits = all(have == 1 or have == want for have, want in zip(tensor.shape, wanted, strict=True))
-    if not fits:
-        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
 def combine_masks(*masks: Tensor | None) -> Tensor | None:
     """What takes part under all of these masks, which broadcast to each other; None where none is given."""
     combined = None

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ..kernels.masking import check_mask
+from ..kernels.checks import check_key_mask
 
 
 def find_grid(
@@ -25,12 +25,8 @@ def find_grid(
     return rows, cols
 
 
-def check_key_mask(key_mask: Tensor | None, query: Tensor) -> Tensor | None:
+def grid_key_mask(key_mask: Tensor | None, query: Tensor) -> Tensor | None:
     """`key_mask`, expanded to (B, N). Raises ValueError where it does not fit or is not boolean."""
-    if key_mask is None:
-        return None
     batch, tokens, _ = query.shape
-    if key_mask.ndim != 2:
-        raise ValueError(f"key_mask must be (B, N) = {(batch, tokens)}, got {tuple(key_mask.shape)}")
-    check_mask("key_mask", key_mask, (batch, tokens))
-    return key_mask.expand(batch, tokens)
+    check_key_mask(key_mask, (batch, tokens), "(B, N)")
+    return None if key_mask is None else key_mask.expand(batch, tokens)

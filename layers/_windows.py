@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..kernels import dot_product_attention
 from ..kernels.backend import forced_backend
+from ..kernels.dot_product_attention import SHORT
 from ..kernels.masking import combine_masks, masked_softmax
 
 # Bytes of scores that a CPU takes at once where it writes them out: they stay in its cache. A window whose
 # scores are beyond the second number is left to PyTorch's fused attention, and one of few places never is.
-_CHUNK, _LARGE, _SHORT = 2**20, 2**25, 48
+_CHUNK, _LARGE = 2**20, 2**25
 _JOINED = "b w h t d -> b w t (h d)"
 
 
@@ -113,7 +114,7 @@ def attend_windows(
         return _at_once(q, k, v, bias, mask, key_mask, dropout)
     # What SDPA is fast at on a CPU: not few tokens, dropout, or the gradient of a bias.
     trained_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if places > _SHORT and key_mask is None and not dropout and not trained_bias:
+    if places > SHORT and key_mask is None and not dropout and not trained_bias:
         if mask is None:
             return _at_once(q, k, v, bias, mask, key_mask, dropout)
         if batch and windows * scores <= _LARGE:
@@ -185,7 +186,6 @@ def _at_once(
     batch, windows, heads, places, _ = q.shape
     if mask is None and key_mask is None:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        bias = None if bias is None else bias[None]  # a CPU's SDPA is fused for masks of four dimensions
         out = dot_product_attention(q, k, v, bias=bias, dropout=dropout).unflatten(0, (batch, windows))
         return rearrange(out, _JOINED)
     # Windows stand beside the heads, so that what depends on the window alone is not copied for each image.

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import additive_scores
-from ..kernels.masking import check_broadcast, masked_softmax, resolve_mask
+from ..kernels.checks import check_bias
+from ..kernels.masking import masked_softmax, resolve_mask
 from .masking import attention_mask
 
 
@@ -100,8 +101,8 @@ class AdditiveAttention(nn.Module):
         self._check(query, key)
         scores = additive_scores(self.query(query), self.key(key), self.energy.weight[0]).unsqueeze(1)
         shape = (scores.shape[0], 1, scores.shape[2], scores.shape[3])
+        check_bias(bias, shape)
         if bias is not None:
-            check_broadcast("bias", bias, shape)
             scores = scores + bias
         given = attention_mask(key_mask, mask, shape)
         taking_part = resolve_mask(given, bias, is_causal, shape[2], shape[3], query.device)

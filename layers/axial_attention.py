@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._grid import check_key_mask, find_grid
+from ._grid import find_grid, grid_key_mask
 from .multi_head_attention import MultiHeadAttention
 
 # From a grid to its lines, folded into the batch, and back.
@@ -98,7 +98,7 @@ class AxialAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         rows, cols = find_grid(query, self.dim, grid, self.grid)
-        key_mask = check_key_mask(key_mask, query)
+        key_mask = grid_key_mask(key_mask, query)
         outputs = []
         for axis, attention in self.axes.items():
             lines, keys = _lines(query, key_mask, axis, rows, cols)
@@ -116,7 +116,7 @@ class AxialAttention(nn.Module):
     ) -> Tensor:
         """The attention weights of every token to every other, (B, H · axes, N, N), the first axis first."""
         rows, cols = find_grid(query, self.dim, grid, self.grid)
-        key_mask = check_key_mask(key_mask, query)
+        key_mask = grid_key_mask(key_mask, query)
         dense = []
         for axis, attention in self.axes.items():
             lines, keys = _lines(query, key_mask, axis, rows, cols)

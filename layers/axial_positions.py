@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..kernels.checks import check_dropout
+
 
 class AxialPositions(nn.Module):
     """Adds learned vectors of a place's coordinates in a grid: a table for each axis, not one for each place.
@@ -66,8 +68,7 @@ class AxialPositions(nn.Module):
             raise ValueError(
                 f"dims must be {len(shape)} numbers of channels that sum to dim={dim}, got {tuple(dims)}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.shape, self.dim = tuple(shape), dim
         self.dims = None if dims is None else tuple(dims)
         self.dropout = dropout

@@ -8,13 +8,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.checks import check_key_mask
 from ..kernels.deformable_sampling import (
     check_length,
     check_spatial_shapes,
     deformable_sampling,
     sampling_weights,
 )
-from ..kernels.masking import check_mask
+from ._heads import head_size, start_projections
 
 
 class DeformableAttention(nn.Module):
@@ -90,8 +91,7 @@ class DeformableAttention(nn.Module):
         for name, size in ("num_heads", num_heads), ("num_levels", num_levels), ("num_points", num_points):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        self.head_dim = head_size(dim, num_heads)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.num_levels, self.num_points = dim, num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
@@ -114,10 +114,7 @@ class DeformableAttention(nn.Module):
         offsets = directions[:, None, None] * steps[:, None]
         with torch.no_grad():
             self.offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
-        for projection in self.value, self.out:
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.value, self.out)
 
     def forward(
         self,
@@ -131,7 +128,7 @@ class DeformableAttention(nn.Module):
         """The output, (B, Lq, dim). Shapes as above."""
         locations, weights = self.sampling(query, reference_points, spatial_shapes)
         check_length("value", value.shape[1], spatial_shapes)
-        _check_key_mask(key_mask, value.shape[:2])
+        check_key_mask(key_mask, (value.shape[0], value.shape[1]))
         values = self.value(value)
         if key_mask is not None:
             values = values.masked_fill(~key_mask.unsqueeze(-1), 0.0)
@@ -177,7 +174,7 @@ class DeformableAttention(nn.Module):
         """
         weights = sampling_weights(spatial_shapes, *self.sampling(query, reference_points, spatial_shapes))
         weights = weights.transpose(1, 2)
-        _check_key_mask(key_mask, (len(weights), weights.shape[-1]))
+        check_key_mask(key_mask, (len(weights), weights.shape[-1]))
         return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None], 0.0)
 
     def extra_repr(self) -> str:
@@ -201,9 +198,3 @@ class DeformableAttention(nn.Module):
                 f"reference_points must be (B, Lq, 2 or 4) or (B, Lq, S, 2 or 4) with (B, Lq, S) = "
                 f"{(*query.shape[:2], self.num_levels)}, got {found}"
             )
-
-
-def _check_key_mask(key_mask: Tensor | None, shape: Sequence[int]) -> None:
-    if key_mask is not None and key_mask.ndim != 2:
-        raise ValueError(f"key_mask must be (B, Lk) = {tuple(shape)}, got {tuple(key_mask.shape)}")
-    check_mask("key_mask", key_mask, tuple(shape))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.masking import check_broadcast
+from ..kernels.checks import check_bias
 from .key_value_cache import KeyValueCache
 from .multi_head_attention import MultiHeadAttention
 
@@ -225,16 +225,8 @@ class GaussianAttention(MultiHeadAttention):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         if dtype is torch.float16:  # a far key must not become -inf, which would exclude it
             prior = prior.clamp(min=torch.finfo(dtype).min / 2)
-        # Of four dimensions: for a mask of three, PyTorch's attention on a CPU leaves its fused path.
-        prior = prior.to(dtype).unsqueeze(0)
-        if bias is None:
-            return prior
-        if not bias.is_floating_point():
-            raise ValueError(
-                f"bias must be a float that is added to the scores, got {bias.dtype}; a bool is `mask`"
-            )
-        check_broadcast("bias", bias, (len(query), self.num_heads, query.shape[1], keys))
-        return bias + prior
+        check_bias(bias, (len(query), self.num_heads, query.shape[1], keys))
+        return prior.to(dtype) if bias is None else bias + prior.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, windows={self.windows}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.masking import check_mask
+from ..kernels.checks import check_key_mask
 
 Kind = Literal["linear", "mean", "max", "conv"]
 
@@ -172,6 +172,4 @@ class LengthProjection(nn.Module):
             raise ValueError(f"x must be (B, {heads}, L, D), got {tuple(x.shape)}")
         if x.shape[2] > self.max_length:
             raise ValueError(f"x must have at most max_length={self.max_length} places, got {x.shape[2]}")
-        if key_mask is not None and key_mask.ndim != 2:
-            raise ValueError(f"key_mask must be (B, L) = {(len(x), x.shape[2])}, got {tuple(key_mask.shape)}")
-        check_mask("key_mask", key_mask, (x.shape[0], x.shape[2]))
+        check_key_mask(key_mask, (x.shape[0], x.shape[2]), "(B, L)")

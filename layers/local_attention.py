@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.checks import check_dropout
 from ..kernels.dot_product_attention import attention_weights
 from ..kernels.local_attention import local_attention, local_mask
+from ._heads import head_size, join_heads, split_heads, start_projections
 from .masking import attention_mask
 
 
@@ -72,18 +73,15 @@ class LocalAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
         if window < 1 or min(look_back, look_ahead) < 0:
             raise ValueError(
                 "window must be positive, look_back and look_ahead not negative, got "
                 f"{window=}, {look_back=} and {look_ahead=}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads = dim, num_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(dim, num_heads, head_dim)
         self.window, self.look_back, self.look_ahead = window, look_back, look_ahead
         self.dropout = dropout
         self.query = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
@@ -95,17 +93,14 @@ class LocalAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform projections with zero bias, as `MultiHeadAttention`."""
-        for projection in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.query, self.key, self.value, self.out)
 
     def forward(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The output, (B, L, dim). Shapes as above."""
         heads = local_attention(
             self._turned(self.query(query)),
             self._turned(self.key(query)),
-            self._split(self.value(query)),
+            split_heads(self.value(query), self.num_heads),
             window=self.window,
             look_back=self.look_back,
             look_ahead=self.look_ahead,
@@ -113,7 +108,7 @@ class LocalAttention(nn.Module):
             is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+        return self.out(join_heads(heads))
 
     def weights(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The attention weights, dense, (B, H, L, L): each row sums to one, or to zero with no key."""
@@ -125,11 +120,8 @@ class LocalAttention(nn.Module):
         )
 
     def _turned(self, tokens: Tensor) -> Tensor:
-        heads = self._split(tokens)
+        heads = split_heads(tokens, self.num_heads)
         return heads if self.rotary is None else self.rotary(heads)
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b l (h d) -> b h l d", h=self.num_heads)
 
     def extra_repr(self) -> str:
         reach = f"window={self.window}, look_back={self.look_back}, look_ahead={self.look_ahead}"

@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import dot_product_attention
+from ..kernels.checks import check_dropout, check_key_mask
 from ..kernels.dot_product_attention import attention_weights
-from ..kernels.masking import check_mask
+from ._heads import head_size, join_heads, split_heads, start_projections
 from .length_projection import Kind, LengthProjection
 
 Share = Literal["key_value", "heads", "none"]
@@ -99,8 +100,6 @@ class LowRankAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(
@@ -109,11 +108,10 @@ class LowRankAttention(nn.Module):
             )
         if share not in get_args(Share):
             raise ValueError(f"share must be one of {', '.join(get_args(Share))}, got {share!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         factory = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(dim, num_heads, head_dim)
         self.dropout = dropout
         self.query = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
         self.key = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias, **factory)
@@ -140,10 +138,7 @@ class LowRankAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform projections of the tokens with zero bias; E and F reset themselves, as they may be
         shared."""
-        for projection in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.query, self.key, self.value, self.out)
 
     def forward(
         self,
@@ -167,7 +162,7 @@ class LowRankAttention(nn.Module):
             mask=None if linear else self._column_mask(key_mask),
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+        return self.out(join_heads(heads))
 
     def weights(
         self,
@@ -214,7 +209,7 @@ class LowRankAttention(nn.Module):
         return f"dim={self.dim}, {heads}, dropout={self.dropout}"
 
     def _queries(self, query: Tensor) -> Tensor:
-        return rearrange(self.query(query), "b l (h d) -> b h l d", h=self.num_heads)
+        return split_heads(self.query(query), self.num_heads)
 
     def _keys_and_values(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         mixed = self._mixed(self.key_projection, key, key_mask)
@@ -254,7 +249,7 @@ class LowRankAttention(nn.Module):
     ) -> Tensor:
         """E K or F V, (B, G, k', D), from the tokens or from what `_mixed` has made of them."""
         if mixed is None:
-            heads = rearrange(linear(tokens), "b l (h d) -> b h l d", h=projection.heads)
+            heads = split_heads(linear(tokens), projection.heads)
             columns = projection(heads, key_mask=key_mask)
         else:
             columns = F.linear(mixed[0], linear.weight)
@@ -296,8 +291,4 @@ class LowRankAttention(nn.Module):
             )
         if key.shape[1] > longest:
             raise ValueError(f"key must have at most max_length={longest} tokens, got {key.shape[1]}")
-        if key_mask is not None and key_mask.ndim != 2:
-            raise ValueError(
-                f"key_mask must be (B, Lk) = {tuple(key.shape[:2])}, got {tuple(key_mask.shape)}"
-            )
-        check_mask("key_mask", key_mask, tuple(key.shape[:2]))
+        check_key_mask(key_mask, (key.shape[0], key.shape[1]))

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.checks import check_dropout
 from ..kernels.lsh_attention import lsh_attention, lsh_attention_weights
 from ..kernels.lsh_buckets import lsh_buckets
+from ._heads import head_size, join_heads, split_heads, start_projections
 
 
 class LSHAttention(nn.Module):
@@ -105,8 +106,6 @@ class LSHAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
         if min(chunk_size, num_hashes) < 1 or min(look_back, look_ahead) < 0:
             raise ValueError(
                 "chunk_size and num_hashes must be positive, look_back and look_ahead not negative, got "
@@ -115,11 +114,10 @@ class LSHAttention(nn.Module):
         factors = [] if num_buckets is None else _factors(num_buckets)
         if any(n < 1 or (n % 2 and n != 1) for n in factors):
             raise ValueError(f"num_buckets must be even, or 1, or a pair of such, got {num_buckets}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads = dim, num_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(dim, num_heads, head_dim)
         self.chunk_size, self.num_hashes, self.num_buckets = chunk_size, num_hashes, num_buckets
         self.look_back, self.look_ahead, self.circular = look_back, look_ahead, circular
         self.same_bucket, self.deduplicate = same_bucket, deduplicate
@@ -134,10 +132,7 @@ class LSHAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform projections with zero bias, as in the original; the seed as it was given."""
-        for projection in (self.query_key, self.value, self.out):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.query_key, self.value, self.out)
         self.hash_seed.fill_(self.seed)
 
     def forward(
@@ -149,25 +144,25 @@ class LSHAttention(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The output, (B, L, dim). Shapes as above; `generator` draws other rotations than the seed's."""
-        query_key = self._split(self.query_key(query))
+        query_key = split_heads(self.query_key(query), self.num_heads)
         buckets, options = self._hash(query_key, generator)
         heads = lsh_attention(
             query_key,
-            self._split(self.value(query)),
+            split_heads(self.value(query), self.num_heads),
             buckets,
             **options,
             key_mask=key_mask,
             is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+        return self.out(join_heads(heads))
 
     def weights(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The attention weights of all rounds, dense, (B, H, L, L), with the rotations of the seed.
 
         Each row sums to one, or to zero where `key_mask` is False.
         """
-        query_key = self._split(self.query_key(query))
+        query_key = split_heads(self.query_key(query), self.num_heads)
         buckets, options = self._hash(query_key, None)
         return lsh_attention_weights(query_key, buckets, **options, key_mask=key_mask, is_causal=is_causal)
 
@@ -191,9 +186,6 @@ class LSHAttention(nn.Module):
             "deduplicate": self.deduplicate,
             "scale": self.scale,
         }
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b l (h d) -> b h l d", h=self.num_heads)
 
     def extra_repr(self) -> str:
         chunks = f"chunk_size={self.chunk_size}, num_hashes={self.num_hashes}, num_buckets={self.num_buckets}"

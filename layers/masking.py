@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..kernels.masking import causal_mask, check_mask, combine_masks, masked_softmax, window_mask
+from ..kernels.checks import check_key_mask, check_mask
+from ..kernels.masking import causal_mask, combine_masks, masked_softmax, window_mask
 
 __all__ = [
     "attention_mask",
@@ -76,9 +77,5 @@ def attention_mask(
     """`key_mask` (B, Lk) and `mask`, checked, as one that broadcasts to the scores' (B, H, Lq, Lk)."""
     batch, _, _, keys = shape
     check_mask("mask", mask, shape)
-    if key_mask is None:
-        return mask
-    if key_mask.ndim != 2:
-        raise ValueError(f"key_mask must be (B, Lk) = {(batch, keys)}, got {tuple(key_mask.shape)}")
-    check_mask("key_mask", key_mask, (batch, keys))
-    return combine_masks(key_mask[:, None, None, :], mask)
+    check_key_mask(key_mask, (batch, keys))
+    return combine_masks(None if key_mask is None else key_mask[:, None, None, :], mask)

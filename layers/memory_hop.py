@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.masking import check_mask, combine_masks, masked_softmax
+from ..kernels.checks import check_mask
+from ..kernels.masking import combine_masks, masked_softmax
 from ._table_reads import Factors, table_scores, table_sums
 from .sentence_encoding import SentenceEncoding
 from .temporal_encoding import TemporalEncoding, check_ages, check_count, recency

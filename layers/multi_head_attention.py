@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import dot_product_attention
+from ..kernels.checks import check_dropout
 from ..kernels.dot_product_attention import attention_weights
+from ._heads import head_size, join_heads, split_heads, start_projections
 from .key_value_cache import KeyValueCache
 from .masking import attention_mask
 
@@ -78,19 +79,16 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(
                 "num_kv_heads must divide num_heads, got "
                 f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         factory = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(dim, num_heads, head_dim)
         self.dropout = dropout
         key_dim = dim if key_dim is None else key_dim
         value_dim = key_dim if value_dim is None else value_dim
@@ -105,10 +103,7 @@ class MultiHeadAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform projections with zero bias, as in the original implementation."""
-        for projection in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.query, self.key, self.value, self.out)
 
     def forward(
         self,
@@ -133,7 +128,7 @@ class MultiHeadAttention(nn.Module):
         else:
             source = query if key is None else key
             k = self._keys(source, offset=0 if cache is None else cache.length)
-            v = self._split(self.value(source if value is None else value), self.num_kv_heads)
+            v = split_heads(self.value(source if value is None else value), self.num_kv_heads)
             if cache is not None:
                 k, v = cache.update(k, v)
         q = self._queries(query, offset=k.shape[2] - query.shape[1])
@@ -147,7 +142,7 @@ class MultiHeadAttention(nn.Module):
             is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out(rearrange(heads, "b h l d -> b l (h d)"))
+        return self.out(join_heads(heads))
 
     def weights(
         self,
@@ -168,16 +163,12 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _queries(self, query: Tensor, offset: int) -> Tensor:
-        q: Tensor = self.query_norm(self._split(self.query(query), self.num_heads))
+        q: Tensor = self.query_norm(split_heads(self.query(query), self.num_heads))
         return q if self.rotary is None else self.rotary(q, offset=offset)
 
     def _keys(self, key: Tensor, offset: int) -> Tensor:
-        k: Tensor = self.key_norm(self._split(self.key(key), self.num_kv_heads))
+        k: Tensor = self.key_norm(split_heads(self.key(key), self.num_kv_heads))
         return k if self.rotary is None else self.rotary(k, offset=offset)
-
-    @staticmethod
-    def _split(tokens: Tensor, heads: int) -> Tensor:
-        return rearrange(tokens, "b l (h d) -> b h l d", h=heads)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.masking import check_mask
+from ..kernels.checks import check_mask
 
 
 class SentenceEncoding(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.masking import check_mask
+from ..kernels.checks import check_mask
 
 
 class TemporalEncoding(nn.Module):

@@ -4,9 +4,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.checks import check_dropout
 from ..kernels.dot_product_attention import attention_weights
 from ..kernels.masking import combine_masks
-from ._grid import check_key_mask, find_grid
+from ._grid import find_grid, grid_key_mask
+from ._heads import head_size, split_heads, start_projections
 from ._windows import Windows, attend_windows
 from .relative_position_bias import RelativePositionBias2d
 
@@ -81,10 +83,8 @@ class WindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.head_dim = head_size(dim, num_heads)
+        check_dropout(dropout)
         self.window, self.shift = _pair(window), _pair(shift)
         for side, by in zip(self.window, self.shift, strict=True):
             if not 0 <= by < side:
@@ -108,16 +108,13 @@ class WindowAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform projections with zero bias, as those of `MultiHeadAttention`."""
-        for projection in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        start_projections(self.query, self.key, self.value, self.out)
 
     def forward(
         self, query: Tensor, *, grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
     ) -> Tensor:
         rows, cols = find_grid(query, self.dim, grid, self.grid)
-        key_mask = check_key_mask(key_mask, query)
+        key_mask = grid_key_mask(key_mask, query)
         windows = Windows((rows, cols), self.window, self.shift)
         tokens = windows.cut(query)
         q, k, v = (
@@ -135,11 +132,8 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """The attention weights of every token to every other, (B, H, N, N): zero outside of its window."""
         rows, cols = find_grid(query, self.dim, grid, self.grid)
-        key_mask = check_key_mask(key_mask, query)
-        q, k = (
-            rearrange(project(query), "b n (h d) -> b h n d", h=self.num_heads)
-            for project in (self.query, self.key)
-        )
+        key_mask = grid_key_mask(key_mask, query)
+        q, k = (split_heads(project(query), self.num_heads) for project in (self.query, self.key))
         cells = torch.arange(rows * cols, device=query.device)
         same, offset = torch.ones_like(cells, dtype=torch.bool)[:, None], torch.zeros_like(cells)[:, None]
         axes = zip(

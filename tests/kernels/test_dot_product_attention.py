@@ -135,6 +135,24 @@ def test_empty_rows_are_zeroed_where_pytorch_does_not(mask, bias, compare, monke
     compare(operation, inputs if added is None else [*inputs, added], backend="torch")
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (1, 7), (3, 1, 7), (2, 1, 5, 1)])
+def test_pytorch_is_given_masks_in_four_dimensions(shape, monkeypatch):
+    """In three, as a bias by head has, it would leave its fused path on a CPU."""
+    query, key, value = draw((2, 3, 3, 5, 7, 4, 4), torch.float32)
+    given, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*inputs, attn_mask, **options):
+        given.append(attn_mask)
+        return sdpa(*inputs, attn_mask=attn_mask, **options)
+
+    for option in {"bias": torch.randn(shape)}, {"mask": torch.rand(shape) < 0.7}:
+        definition = module.dot_product_attention_reference(query, key, value, **option)
+        with monkeypatch.context() as patch, use_backend("torch"):
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+            torch.testing.assert_close(dot_product_attention(query, key, value, **option), definition)
+    assert [mask.ndim for mask in given] == [4, 4]
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_no_queries_and_no_batch(backend):
     with use_backend(backend):

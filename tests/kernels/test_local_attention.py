@@ -233,7 +233,7 @@ Q = (2, 3, 11, 5)
         ((Q, Q, Q), {"window": 0}, "window must be positive.*got window=0"),
         ((Q, Q, Q), {"look_back": -1}, "look_back and look_ahead not negative.*look_back=-1"),
         ((Q, Q, Q), {"look_ahead": -1}, "look_ahead=-1"),
-        ((Q, Q, Q), {"key_mask": torch.ones(11).bool()}, r"key_mask must be \(B, L\), got \(11,\)"),
+        ((Q, Q, Q), {"key_mask": torch.ones(11).bool()}, r"must be \(B, L\) = \(2, 11\), got \(11,\)"),
         ((Q, Q, Q), {"key_mask": torch.ones(2, 7).bool()}, r"key_mask must broadcast to \(2, 11\)"),
         ((Q, Q, Q), {"key_mask": torch.ones(2, 11)}, "key_mask must be boolean.*got torch.float32"),
         ((Q, Q, Q), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),

@@ -440,7 +440,7 @@ Q, B = (2, 3, 11, 5), (2, 3, 4, 11)
         ((Q, Q, B), {"num_buckets": 0}, "num_buckets and chunk_size must be positive.*num_buckets=0"),
         ((Q, Q, B), {"look_back": -1}, "look_back and look_ahead not negative.*look_back=-1"),
         ((Q, Q, B), {"look_ahead": -1}, "look_ahead=-1"),
-        ((Q, Q, B), {"key_mask": torch.ones(11).bool()}, r"key_mask must be \(B, L\), got \(11,\)"),
+        ((Q, Q, B), {"key_mask": torch.ones(11).bool()}, r"must be \(B, L\) = \(2, 11\), got \(11,\)"),
         ((Q, Q, B), {"key_mask": torch.ones(2, 7).bool()}, r"key_mask must broadcast to \(2, 11\)"),
         ((Q, Q, B), {"key_mask": torch.ones(2, 11)}, "key_mask must be boolean.*got torch.float32"),
         ((Q, Q, B), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),

@@ -119,3 +119,5 @@ def test_bad_masks_are_named():
         layer(query, key, mask=torch.ones(2, 3, 5).bool())
     with pytest.raises(ValueError, match=r"bias must broadcast to \(2, 1, 3, 5\)"):
         layer(query, key, bias=torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match=r"bias must be a float.*got torch.bool; a bool is `mask`"):
+        layer(query, key, bias=torch.ones(3, 5).bool())

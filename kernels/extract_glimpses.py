@@ -6,13 +6,14 @@ where the samples of scale s are one pixel apart and their square of size 2^s on
 location.
 
 No kernel of its own yet. Samples one pixel apart make a patch separable: two small matrix products an image.
+Where there is nothing to average, at one scale, PyTorch's `grid_sample` is faster on a CPU.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Refusals, choose, operation
+from .backend import Refusals, choose, forward_derivatives, operation
 
 
 def _refusals(images: Tensor, locations: Tensor, size: int, num_scales: int = 1) -> Refusals:
@@ -35,8 +36,9 @@ def extract_glimpses(images: Tensor, locations: Tensor, size: int, num_scales: i
     passes to the locations, which the paper trains by REINFORCE alone.
 
     Time O(B C T size num_scales H (W + size)), memory O(B T size num_scales (H + W) + B C T H size
-    num_scales), in two matrix products; the definition takes a sample a pixel. Both are deterministic on a
-    CPU, and differentiable in the images any number of times.
+    num_scales), in two matrix products; the definition takes a sample a pixel, and so does PyTorch's
+    `grid_sample`, which a CPU runs at one scale where no gradient is wanted. All are deterministic on a CPU,
+    and differentiable in the images any number of times.
 
     Args:
         images: (B, C, H, W).
@@ -65,7 +67,8 @@ def extract_glimpses(images: Tensor, locations: Tensor, size: int, num_scales: i
     locations = locations.detach()
     several = locations if locations.ndim == 3 else locations.unsqueeze(1)
     if choose("extract_glimpses", _refusals(images, locations, size, num_scales)) == "torch":
-        glimpses = _by_products(images, several, size, num_scales)
+        path = _by_grid_sample if _samples_do(images, several, num_scales) else _by_products
+        glimpses = path(images, several, size, num_scales)
     else:
         glimpses = extract_glimpses_reference(images, several, size, num_scales)
     return glimpses if locations.ndim == 3 else glimpses.squeeze(1)
@@ -110,6 +113,29 @@ def _by_products(images: Tensor, locations: Tensor, size: int, num_scales: int) 
     glimpses = of_rows.flatten(1, 2) @ columns.flatten(3)
     glimpses = glimpses.view(batch, count // num_scales, num_scales, size, channels, size).transpose(3, 4)
     return glimpses.to(images.dtype)
+
+
+def _samples_do(images: Tensor, locations: Tensor, num_scales: int) -> bool:
+    """Whether `grid_sample` is the faster way, and as exact. Of its gradient there is no further one."""
+    wide = torch.promote_types(torch.promote_types(images.dtype, locations.dtype), torch.float32)
+    return (
+        num_scales == 1
+        and images.device.type == "cpu"
+        and images.dtype is wide
+        and not (images.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not forward_derivatives(images)
+    )
+
+
+def _by_grid_sample(images: Tensor, locations: Tensor, size: int, num_scales: int) -> Tensor:
+    (height, width), count = images.shape[2:], locations.shape[1]
+    cells = torch.arange(1 - size, size, 2, device=images.device, dtype=images.dtype)
+    places = locations.unsqueeze(-1) + torch.stack([cells / width, cells / height])
+    x, y = places.clamp(-2, 2).unbind(2)  # beyond 2 all is zero, and infinity would be none
+    grid = torch.stack(torch.broadcast_tensors(x.unsqueeze(-2), y.unsqueeze(-1)), -1)
+    glimpses = F.grid_sample(images, grid.flatten(1, 2), align_corners=False)
+    return glimpses.unflatten(2, (count, size)).movedim(2, 1).unsqueeze(2)
 
 
 def _shares(middle: Tensor, length: int, size: int, num_scales: int) -> Tensor:

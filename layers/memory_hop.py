@@ -210,7 +210,7 @@ class MemoryHop(nn.Module):
         """u · m, (B, M)."""
         if not slots.by_tables:
             keys = self._represent(self.input_embedding, memories, slots)
-            scores = self._without_padding((keys @ state.unsqueeze(-1)).squeeze(-1), memories, slots)
+            scores = self._without_padding((state.unsqueeze(1) @ keys.mT).squeeze(1), memories, slots)
         else:
             table = _table(self.input_embedding)
             scores = table_scores(state, memories, table, slots.factors, skipped=self.padding_id)

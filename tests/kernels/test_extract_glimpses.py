@@ -205,8 +205,41 @@ def test_locations_keep_their_precision_whatever_the_images():
         assert glimpse.item() == pytest.approx(1, abs=1e-3)
 
 
-def test_the_products_are_taken():
+def test_the_torch_path_is_taken():
     assert explain(extract_glimpses, *draw((2, 3, 5, 7)), 3).chosen == "torch"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "scales", "gradient", "sampled"),
+    [
+        ((torch.float64, torch.float64), 1, False, True),
+        ((torch.float32, torch.float32), 1, False, True),
+        ((torch.float32, torch.float16), 1, False, True),
+        ((torch.float32, torch.float64), 1, False, False),  # the locations would lose precision
+        ((torch.float16, torch.float16), 1, False, False),
+        ((torch.float64, torch.float64), 2, False, False),
+        ((torch.float64, torch.float64), 1, True, False),  # there is no second derivative of a sampled one
+    ],
+)
+def test_one_scale_is_sampled_by_pytorch(dtypes, scales, gradient, sampled, monkeypatch):
+    calls, grid_sample = [], F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda *args, **how: calls.append(1) or grid_sample(*args, **how))
+    images, locations = torch.randn(2, 3, 5, 7).to(dtypes[0]), torch.rand(2, 4, 2).to(dtypes[1])
+    images.requires_grad_(gradient)
+    actual = extract_glimpses(images, locations, 3, scales)
+    assert len(calls) == sampled
+    with use_backend("reference"):
+        torch.testing.assert_close(actual, extract_glimpses(images, locations, 3, scales))
+    with torch.no_grad():
+        extract_glimpses(images, locations, 3, scales)
+    assert len(calls) == 2 * sampled + gradient
+
+
+def test_one_scale_has_forward_derivatives():
+    images, locations = draw((2, 3, 5, 7))
+    tangent = torch.randn_like(images)
+    _, derivative = torch.func.jvp(lambda x: extract_glimpses(x, locations, 3), (images,), (tangent,))
+    torch.testing.assert_close(derivative, extract_glimpses(tangent, locations, 3))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@ from .local_attention import local_attention
 from .lsh_attention import lsh_attention
 from .lsh_buckets import lsh_buckets
 from .nearest_code import nearest_code
+from .packed_attention import packed_attention
+from .score_bias import DistanceBias, TableBias
 
 __all__ = [
+    "DistanceBias",
     "Explanation",
+    "TableBias",
     "additive_scores",
     "deformable_sampling",
     "dot_product_attention",
@@ -22,5 +26,6 @@ __all__ = [
     "lsh_buckets",
     "nearest_code",
     "operations",
+    "packed_attention",
     "use_backend",
 ]

@@ -48,3 +48,19 @@ def check_dropout(dropout: float) -> None:
     """Raises ValueError where `dropout` is no probability below one."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def check_key_lengths(key_lengths: Tensor | None, batch: int) -> None:
+    """Raises ValueError where `key_lengths` is no vector of `batch` integers; which ones is not looked at."""
+    if key_lengths is None:
+        return
+    integers = not key_lengths.is_floating_point() and key_lengths.dtype is not torch.bool
+    if tuple(key_lengths.shape) != (batch,) or not integers:
+        found = f"{tuple(key_lengths.shape)} of {key_lengths.dtype}"
+        raise ValueError(f"key_lengths must be ({batch},) of integers, got {found}")
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> None:
+    """Raises ValueError where `window` is no pair of bounds, each None or not negative."""
+    if window is not None and (len(window) != 2 or any(bound is not None and bound < 0 for bound in window)):
+        raise ValueError(f"window must be (before, after), each None or at least 0, got {window}")

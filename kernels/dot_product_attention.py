@@ -4,20 +4,27 @@
 
 where j runs over the keys that take part. A query with none of them gives zero, and passes no gradient.
 
-No kernel of its own yet: the definition and PyTorch's `scaled_dot_product_attention` share the work.
+Three paths share the work, and `_refusals` alone says which takes a call. PyTorch's fused attention takes
+what it is made for: plain, causal and grouped. On a GPU the Triton kernel takes what that refuses or
+writes out: a trained bias, any mask, a window, lengths, a bias of few parameters. The definition takes what
+is left.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Refusals, choose, forced_backend, forward_derivatives, operation
-from .checks import check_bias, check_dropout, check_mask
-from .masking import masked_softmax, resolve_mask
+from ._second_order import twice_differentiable
+from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
+from .checks import check_bias, check_dropout, check_key_lengths, check_mask, check_window
+from .masking import band_mask, combine_masks, mask_of_lengths, masked_softmax, resolve_mask
+from .score_bias import DistanceBias, ScoreBias, check_score_bias
 
 # Up to this length a CPU is faster with two plain matrix products than with SDPA's tiles; a causal forward
 # of 48 alone measured slower so (docs/benchmarks.md). Eager only: compiled, the branch would pin the length.
 SHORT = 48
+
+Window = tuple[int | None, int | None]  # keys before a query's own place, and after it; None for all
 
 
 def _refusals(
@@ -27,19 +34,40 @@ def _refusals(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    score_bias: ScoreBias | None = None,
+    key_lengths: Tensor | None = None,
+    window: Window | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Refusals:
-    refusals: Refusals = {"triton": "there is no fused kernel of this operation yet"}
-    if forward_derivatives(query, key, value, *(() if bias is None else (bias,))):
+    """By shapes, dtypes and devices alone: what a tensor holds, a GPU would have to be waited for."""
+    refusals: Refusals = {}
+    tensors = [query, key, value, *(t for t in (bias, _parameters(score_bias)) if t is not None)]
+    preferring = forced_backend() is None  # a preference gives way to a wish
+    special = [mask, bias, score_bias, key_lengths, window]
+    if (reason := triton_refusal(*tensors)) is not None:
+        refusals["triton"] = reason
+    elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        refusals["triton"] = f"the kernel has no {query.dtype}"
+    elif max(query.shape[-1], value.shape[-1]) > 256:
+        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {query.shape[-1]}"
+    elif preferring and query.dtype is torch.float64:
+        refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
+    elif preferring and query.dtype is torch.float32 and max(query.shape[-1], value.shape[-1]) > 128:
+        refusals["triton"] = "float32 heads wider than 128 overflow the registers in the kernel"
+    elif preferring and all(option is None for option in special):
+        refusals["triton"] = (
+            "plain, causal and grouped attention is what PyTorch's own kernels are fastest at"
+        )
+    if forward_derivatives(*tensors):
         refusals["torch"] = (
             "forward-mode derivatives are taken, which PyTorch's fused attention does not have"
         )
     elif key.shape[-2] == 0:
         refusals["torch"] = "there is no key"
     elif (
-        forced_backend() is None  # a preference, which gives way to a wish
+        preferring
         and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and max(query.shape[-2], key.shape[-2]) <= SHORT
@@ -56,16 +84,24 @@ def dot_product_attention(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    score_bias: ScoreBias | None = None,
+    key_lengths: Tensor | None = None,
+    window: Window | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Each query's mean of the values, weighted by the softmax of its scaled dot products with the keys.
 
-    Time O(Lq Lk D). Memory O(Lq Lk) in the definition and O(Lq + Lk) in PyTorch's fused paths. The definition
-    is differentiable twice, and forward-mode; PyTorch's fused paths once. Where a second one is wanted,
-    run under `use_backend("reference")`. Deterministic on a CPU; on a GPU as PyTorch's paths are, whose
-    backward follows `torch.use_deterministic_algorithms`.
+    Time O(Lq Lk D). Memory O(Lq Lk) in the definition, and O(Lq + Lk) in PyTorch's fused paths and in the
+    kernel, which needs a (Lq, Lk) only for the gradient of a bias of that size, once for all batches that
+    share it. PyTorch's paths write `score_bias`, `window` and `key_lengths` out as a bias and a mask; the
+    kernel never does, and skips what a window, a length or causality leaves out.
+
+    Every path is differentiable twice: PyTorch's and the kernel's second derivatives are the definition's.
+    PyTorch's with dropout are as PyTorch has them. A forward-mode derivative takes the definition. On a CPU
+    all is deterministic, and the kernel is; on a GPU PyTorch's paths follow
+    `torch.use_deterministic_algorithms`.
 
     Args:
         query: (B, H, Lq, D).
@@ -73,6 +109,10 @@ def dot_product_attention(
         value: (B, G, Lk, Dv).
         mask: bool, broadcastable to (B, H, Lq, Lk), True where a key takes part.
         bias: float, broadcastable to (B, H, Lq, Lk), added to the scores, differentiable; -inf excludes.
+        score_bias: a `DistanceBias` or `TableBias`, added too; differentiable in its parameters.
+        key_lengths: integers (B,): the first so many keys take part.
+        window: (before, after): how many keys a query sees before its own place, i + Lk - Lq, and after it;
+            None for all.
         is_causal: query i sees only the keys up to i + Lk - Lq: the last query sees the last key.
         scale: of the dot products; 1 / sqrt(D) where it is not given.
         dropout: probability with which a weight is dropped; drawn whenever it is not 0, so pass 0 to
@@ -82,15 +122,34 @@ def dot_product_attention(
         (B, H, Lq, Dv).
 
     Raises:
-        ValueError: a shape or dtype does not fit the others, a mask is not boolean, a bias is not a float, or
-            dropout is not in [0, 1).
+        ValueError: a shape or dtype does not fit the others, a mask is not boolean, a bias is not a float, a
+            bound of the window is negative, or dropout is not in [0, 1).
     """
-    _check(query, key, value, mask, bias, dropout)
-    if choose("dot_product_attention", _refusals(query, key, value, bias=bias)) == "torch":
-        return _torch_path(query, key, value, mask, bias, is_causal, scale, dropout)
-    return dot_product_attention_reference(
-        query, key, value, mask=mask, bias=bias, is_causal=is_causal, scale=scale, dropout=dropout
+    _check(query, key, value, mask, bias, score_bias, key_lengths, window, dropout)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    refusals = _refusals(
+        query, key, value, mask=mask, bias=bias, score_bias=score_bias, key_lengths=key_lengths, window=window
     )
+    path = choose("dot_product_attention", refusals)
+    if path == "triton":
+        return _triton_path(
+            query, key, value, mask, bias, score_bias, key_lengths, window, is_causal, scale, dropout
+        )
+    mask, bias = written_out(query, key, mask, bias, score_bias, key_lengths, window)
+
+    def definition(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        return dot_product_attention_reference(
+            query, key, value, mask=mask, bias=bias, is_causal=is_causal, scale=scale, dropout=dropout
+        )
+
+    def pytorch(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        return _torch_path(query, key, value, mask, bias, is_causal, scale, dropout)
+
+    if path == "reference":
+        return definition(query, key, value, bias)
+    if dropout:  # the definition would drop others
+        return pytorch(query, key, value, bias)
+    return twice_differentiable(pytorch, definition, query, key, value, bias)
 
 
 def dot_product_attention_reference(
@@ -116,10 +175,12 @@ def attention_weights(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    score_bias: ScoreBias | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
     """The weights of `dot_product_attention`, (B, H, Lq, Lk): a row sums to one, or to zero with no key."""
+    bias = with_score_bias(bias, score_bias, query, key.shape[-2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale) @ _repeat_heads(key, query.shape[1]).transpose(-2, -1)
     if bias is not None:
@@ -129,6 +190,102 @@ def attention_weights(
     )
 
 
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    score_bias: ScoreBias | None,
+    key_lengths: Tensor | None,
+    window: Window | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """All that excludes but causality as one mask, and all that is added as one bias."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    band = None if window is None else band_mask(queries, keys, *window, device=query.device)
+    within = None if key_lengths is None else mask_of_lengths(key_lengths, keys)[:, None, None]
+    return combine_masks(mask, band, within), with_score_bias(bias, score_bias, query, keys)
+
+
+def with_score_bias(
+    bias: Tensor | None, score_bias: ScoreBias | None, query: Tensor, keys: int
+) -> Tensor | None:
+    if score_bias is None:
+        return bias
+    """`bias` and what `score_bias` writes out, in the dtype of the scores."""
+    batch, heads, queries, _ = query.shape
+    check_bias(bias, (batch, heads, queries, keys))
+    check_score_bias(score_bias, (heads, queries, keys))
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    made = score_bias.dense(queries, keys)
+    if dtype is torch.float16:  # a far key must not become -inf, which would exclude it
+        made = made.clamp(min=torch.finfo(dtype).min / 2)
+    return made.to(dtype) if bias is None else bias + made.to(dtype)
+
+
+def _triton_path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    score_bias: ScoreBias | None,
+    key_lengths: Tensor | None,
+    window: Window | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    from .fused.dot_product_attention import attention
+
+    if torch.is_autocast_enabled(query.device.type):  # by hand: a registered operation gets no autocast
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if bias is not None:
+        bias = bias.expand(key.shape[-2]) if bias.ndim == 0 else bias.expand(*bias.shape[:-1], key.shape[-2])
+    before, after = (-1 if bound is None else bound for bound in window or (None, None))
+    return attention(
+        query,
+        key,
+        value,
+        _in_four(mask),
+        _in_four(bias),
+        *kernel_bias(score_bias),
+        key_lengths,
+        None,
+        None,
+        [],
+        before,
+        0 if is_causal else after,
+        scale,
+        dropout,
+        torch.randint(2**62, (1,), device=query.device) if dropout else None,
+    )[0]
+
+
+def kernel_bias(
+    score_bias: ScoreBias | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:
+    """As the kernel takes it: table, positions of queries and keys, coefficients, and their power."""
+    if score_bias is None:
+        return None, None, None, None, 0
+    if isinstance(score_bias, DistanceBias):
+        return None, None, None, score_bias.coefficients.contiguous(), score_bias.power
+    of_queries = score_bias.query_positions.to(torch.int32).contiguous()
+    of_keys = score_bias.key_positions.to(torch.int32).contiguous()
+    return score_bias.table.contiguous(), of_queries, of_keys, None, 0
+
+
+def _in_four(cells: Tensor | None) -> Tensor | None:
+    return None if cells is None else cells.view(*[1] * (4 - cells.ndim), *cells.shape)
+
+
+def _parameters(score_bias: ScoreBias | None) -> Tensor | None:
+    if score_bias is None:
+        return None
+    return score_bias.coefficients if isinstance(score_bias, DistanceBias) else score_bias.table
+
+
 def _torch_path(
     query: Tensor,
     key: Tensor,
@@ -136,7 +293,7 @@ def _torch_path(
     mask: Tensor | None,
     bias: Tensor | None,
     is_causal: bool,
-    scale: float | None,
+    scale: float,
     dropout: float,
 ) -> Tensor:
     n_queries, n_keys = query.shape[-2], key.shape[-2]
@@ -184,7 +341,15 @@ def _repeat_heads(keys: Tensor, heads: int) -> Tensor:
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    score_bias: ScoreBias | None,
+    key_lengths: Tensor | None,
+    window: Window | None,
+    dropout: float,
 ) -> None:
     fits = query.ndim == key.ndim == value.ndim == 4
     if not fits or not (
@@ -208,3 +373,6 @@ def _check(
     scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     check_mask("mask", mask, scores)
     check_bias(bias, scores)
+    check_score_bias(score_bias, scores[1:])
+    check_key_lengths(key_lengths, query.shape[0])
+    check_window(window)

@@ -46,9 +46,7 @@ def local_attention(
     """Each query's mean of the values in the chunks around its own, weighted by softmax.
 
     With w = window (look_back + 1 + look_ahead) keys for a query: time O(L w D), memory O(L (w + D)), and
-    O(L²) in the definition. The definition is differentiable twice, and forward-mode; PyTorch's fused paths
-    once: where a second derivative is wanted, run under `use_backend("reference")`. Deterministic as
-    `dot_product_attention`.
+    O(L²) in the definition. Derivatives and determinism are as of `dot_product_attention`.
 
     Args:
         query: (B, H, L, D).

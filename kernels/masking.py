@@ -85,8 +85,21 @@ def window_mask(
     """
     if min(before, after) < 0:
         raise ValueError(f"before and after must not be negative, got {before=} and {after=}")
+    return band_mask(queries, keys, before, after, device=device)
+
+
+def band_mask(
+    queries: int, keys: int, before: int | None, after: int | None, *, device: torch.device | str | None
+) -> Tensor:
+    """`window_mask`, where None is no bound."""
     band = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    return band.tril(keys - queries + after).triu(keys - queries - before)
+    band = band if after is None else band.tril(keys - queries + after)
+    return band if before is None else band.triu(keys - queries - before)
+
+
+def mask_of_lengths(lengths: Tensor, keys: int) -> Tensor:
+    """(B, Lk): the first so many of `keys`, lengths (B,)."""
+    return torch.arange(keys, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def combine_masks(*masks: Tensor | None) -> Tensor | None:

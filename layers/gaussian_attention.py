@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.checks import check_bias
-from .key_value_cache import KeyValueCache
+from ..kernels.score_bias import DistanceBias
 from .multi_head_attention import MultiHeadAttention
 
 # The greatest logarithm of 1 / σ²: with a smaller σ than this a float32 would overflow, and 0 · ∞ be NaN.
@@ -69,8 +68,9 @@ class GaussianAttention(MultiHeadAttention):
     unofficial port masks whole layers by the windows, in place of a prior by head. All options of
     `MultiHeadAttention` are here, and mean the same.
 
-    Time as `MultiHeadAttention`. The prior takes O(H Lq Lk) memory beside it, for the whole batch once; where
-    σ learns, PyTorch's attention has no fused path with its gradient, and takes O(B H Lq Lk).
+    Time as `MultiHeadAttention`. The fused kernel makes the prior from σ where it is wanted, and its gradient
+    beside that of the queries. On a CPU the prior takes O(H Lq Lk) memory, for the whole batch once; where σ
+    learns, PyTorch's attention has no fused path with its gradient, and takes O(B H Lq Lk).
 
     Args:
         dim: C, size of a query and of the output.
@@ -166,67 +166,15 @@ class GaussianAttention(MultiHeadAttention):
 
     def prior(self, queries: int, keys: int) -> Tensor:
         """B, (H, Lq, Lk), in float32 at the least: of the last `queries` places with regard to all `keys`."""
+        return self._score_bias().dense(queries, keys)
+
+    def _score_bias(self) -> DistanceBias:
         wide = torch.promote_types(self.log_sigma.dtype, torch.float32)
-        log_sigma = self.log_sigma.to(wide)
-        rows = torch.arange(keys - queries, keys, device=log_sigma.device, dtype=wide)
-        squared = (rows[:, None] - torch.arange(keys, device=log_sigma.device, dtype=wide)).square()
-        steepness = -0.5 * (-2 * log_sigma).clamp(max=_STEEPEST).exp()
-        return squared * steepness[:, None, None]
+        return DistanceBias(-0.5 * (-2 * self.log_sigma.to(wide)).clamp(max=_STEEPEST).exp(), power=2)
 
     def orthogonality_penalty(self) -> Tensor:
         """The paper's regulariser of this layer's projection to the values, to be added to a loss."""
         return orthogonality_penalty(self.value.weight, self.num_kv_heads)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        is_causal: bool = False,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """The output, (B, Lq, dim). Shapes as above; `cache` as of `MultiHeadAttention`."""
-        keys = query.shape[1] if key is None else key.shape[1]
-        if cache is not None:
-            keys = cache.length if key is not None and cache.keys is not None else cache.length + keys
-        return super().forward(
-            query,
-            key,
-            value,
-            key_mask=key_mask,
-            mask=mask,
-            bias=self._with_prior(bias, query, keys),
-            is_causal=is_causal,
-            cache=cache,
-        )
-
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """The attention weights, (B, H, Lq, Lk): each row sums to one, or to zero with no key to attend."""
-        keys = query.shape[1] if key is None else key.shape[1]
-        bias = self._with_prior(bias, query, keys)
-        return super().weights(query, key, key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal)
-
-    def _with_prior(self, bias: Tensor | None, query: Tensor, keys: int) -> Tensor:
-        prior = self.prior(query.shape[1], keys)
-        device = query.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-        if dtype is torch.float16:  # a far key must not become -inf, which would exclude it
-            prior = prior.clamp(min=torch.finfo(dtype).min / 2)
-        check_bias(bias, (len(query), self.num_heads, query.shape[1], keys))
-        return prior.to(dtype) if bias is None else bias + prior.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, windows={self.windows}"

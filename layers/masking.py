@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.checks import check_key_mask, check_mask
-from ..kernels.masking import causal_mask, combine_masks, masked_softmax, window_mask
+from ..kernels.masking import causal_mask, combine_masks, mask_of_lengths, masked_softmax, window_mask
 
 __all__ = [
     "attention_mask",
@@ -44,7 +44,7 @@ def mask_from_lengths(lengths: Tensor, max_length: int | None = None) -> Tensor:
         )
     if max_length is None:
         max_length = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(max_length, device=lengths.device) < lengths.unsqueeze(-1)
+    return mask_of_lengths(lengths, max_length)
 
 
 def mask_from_padding(padding: Tensor) -> Tensor:

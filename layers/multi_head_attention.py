@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..kernels import dot_product_attention
 from ..kernels.checks import check_dropout
-from ..kernels.dot_product_attention import attention_weights
+from ..kernels.dot_product_attention import attention_weights, with_score_bias
+from ..kernels.score_bias import ScoreBias
 from ._heads import head_size, join_heads, split_heads, start_projections
 from .key_value_cache import KeyValueCache
 from .masking import attention_mask
@@ -46,7 +47,8 @@ class MultiHeadAttention(nn.Module):
         - value: (B, Lk, value_dim); the keys where it is not given
         - key_mask: (B, Lk) of bool, True where a key takes part
         - mask: bool, broadcastable to (B, H, Lq, Lk)
-        - bias: float, broadcastable to (B, H, Lq, Lk), added to the scores
+        - bias: float, broadcastable to (B, H, Lq, Lk), added to the scores; or a `DistanceBias` or
+          `TableBias`, which need not be written out
         - output: (B, Lq, dim); a query with no key gives the bias of the output projection alone
 
     Raises:
@@ -113,7 +115,7 @@ class MultiHeadAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | ScoreBias | None = None,
         is_causal: bool = False,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -133,12 +135,14 @@ class MultiHeadAttention(nn.Module):
                 k, v = cache.update(k, v)
         q = self._queries(query, offset=k.shape[2] - query.shape[1])
         shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
+        bias, score_bias = self._biases(bias, q, k)
         heads = dot_product_attention(
             q,
             k,
             v,
             mask=attention_mask(key_mask, mask, shape),
             bias=bias,
+            score_bias=score_bias,
             is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0,
         )
@@ -151,16 +155,35 @@ class MultiHeadAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | ScoreBias | None = None,
         is_causal: bool = False,
     ) -> Tensor:
         """The attention weights, (B, H, Lq, Lk): each row sums to one, or to zero with no key to attend."""
         k = self._keys(query if key is None else key, offset=0)
         q = self._queries(query, offset=k.shape[2] - query.shape[1])
         shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
+        bias, score_bias = self._biases(bias, q, k)
         return attention_weights(
-            q, k, mask=attention_mask(key_mask, mask, shape), bias=bias, is_causal=is_causal
+            q,
+            k,
+            mask=attention_mask(key_mask, mask, shape),
+            bias=bias,
+            score_bias=score_bias,
+            is_causal=is_causal,
         )
+
+    def _score_bias(self) -> ScoreBias | None:
+        """What a kind of attention adds to every score, made from parameters of its own."""
+        return None
+
+    def _biases(
+        self, bias: Tensor | ScoreBias | None, q: Tensor, k: Tensor
+    ) -> tuple[Tensor | None, ScoreBias | None]:
+        """What is given and the layer's own: one that is written out, and one that need not be."""
+        own = self._score_bias()
+        if bias is None or isinstance(bias, Tensor):
+            return bias, own
+        return (None, bias) if own is None else (with_score_bias(None, bias, q, k.shape[2]), own)
 
     def _queries(self, query: Tensor, offset: int) -> Tensor:
         q: Tensor = self.query_norm(split_heads(self.query(query), self.num_heads))

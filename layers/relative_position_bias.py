@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..kernels.score_bias import TableBias
+
 
 class RelativePositionBias(nn.Module):
     """A learned number for each head and each distance between query and key, to add to the scores.
@@ -23,6 +25,8 @@ class RelativePositionBias(nn.Module):
 
     A bias is constant along diagonals. So Lq + Lk - 1 rows are looked up, and the (H, Lq, Lk) output is
     copied from windows over them, where T5 computes a bucket for each pair: time and memory O(H Lq Lk).
+    `score_bias` gives those rows alone, which `MultiHeadAttention` takes as `bias=` too: time and memory
+    O(H (Lq + Lk)), and on a GPU the bias is never written out.
 
     Args:
         num_heads: H.
@@ -99,6 +103,14 @@ class RelativePositionBias(nn.Module):
         # Window s begins at the distance s - (keys - 1), which query windows - 1 - s has to its first key.
         return by_distance.unfold(1, keys, 1).flip(1)[:, :queries]
 
+    def score_bias(self, queries: int, keys: int) -> TableBias:
+        """What `forward` writes out, as a table of distances."""
+        device = self.weight.device
+        distances = queries - 1 - torch.arange(max(queries + keys - 1, 0), device=device)
+        table = self.weight.index_select(0, self._rows(distances)).t()
+        places = torch.arange(max(queries, keys), device=device, dtype=torch.int32)
+        return TableBias(table, places[:queries] + (keys - 1), places[:keys])
+
     def _rows(self, distances: Tensor) -> Tensor:
         """The row of the table for each distance, which is the key's position less the query's."""
         if self.num_buckets is None:
@@ -125,7 +137,8 @@ class RelativePositionBias2d(nn.Module):
 
     Swin and TransGAN keep an index of every pair in a buffer, and gather by it. Here the output is copied
     from windows over the table: there is nothing to lose on the meta device, and the gradient is a sum over
-    windows in place of a scatter. Time and memory O(H (R C)²).
+    windows in place of a scatter. Time and memory O(H (R C)²). `score_bias` gives the table itself, with the
+    cells' positions in it, which `MultiHeadAttention` takes as `bias=` too.
 
     Args:
         num_heads: H.
@@ -175,15 +188,28 @@ class RelativePositionBias2d(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, grid: tuple[int, int] | None = None) -> Tensor:
-        rows, cols = self.grid if grid is None else grid
+        rows, cols = self._grid(grid)
         most_rows, most_cols = self.grid
-        if not (0 < rows <= most_rows and 0 < cols <= most_cols):
-            raise ValueError(f"grid must be from (1, 1) to {self.grid}, got {(rows, cols)}")
         # Flipped, so that along a window the offset falls as the key's position grows.
         table = self.weight.flip(0).unflatten(0, (2 * most_rows - 1, 2 * most_cols - 1)).permute(2, 0, 1)
         table = table[:, most_rows - rows : most_rows + rows - 1, most_cols - cols : most_cols + cols - 1]
         windows = table.unfold(1, rows, 1).unfold(2, cols, 1).flip(1, 2)  # (H, R, C, R, C)
         return windows.flatten(3, 4).flatten(1, 2)
+
+    def score_bias(self, grid: tuple[int, int] | None = None) -> TableBias:
+        """What `forward` writes out, as a table of offsets."""
+        rows, cols = self._grid(grid)
+        most_rows, most_cols = self.grid
+        width = 2 * most_cols - 1
+        down, along = (torch.arange(n, device=self.weight.device, dtype=torch.int32) for n in (rows, cols))
+        cells = (down[:, None] * width + along).flatten()
+        return TableBias(self.weight.t(), cells + (most_rows - 1) * width + most_cols - 1, cells)
+
+    def _grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
+        rows, cols = self.grid if grid is None else grid
+        if not (0 < rows <= self.grid[0] and 0 < cols <= self.grid[1]):
+            raise ValueError(f"grid must be from (1, 1) to {self.grid}, got {(rows, cols)}")
+        return rows, cols
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.grid}"

@@ -168,6 +168,10 @@ TYPICAL_CALLS: dict[str, Callable[[torch.device], list[Any]]] = {
     "lsh_attention": _empty((2, 4, 256, 64), (2, 4, 256, 64), (2, 4, 4, 256)),
     "lsh_buckets": _empty((2, 4, 256, 64), (4, 64, 4, 4)),
     "nearest_code": _empty((256, 64), (1024, 64)),
+    "packed_attention": lambda device: [
+        *_empty(*[(256, 4, 64)] * 3)(device),
+        torch.tensor([0, 100, 256], device=device),
+    ],
 }
 
 

@@ -14,7 +14,9 @@ from torch import nn
 
 PUBLIC = {
     "kernels": [
+        "DistanceBias",
         "Explanation",
+        "TableBias",
         "additive_scores",
         "deformable_sampling",
         "dot_product_attention",
@@ -25,6 +27,7 @@ PUBLIC = {
         "lsh_buckets",
         "nearest_code",
         "operations",
+        "packed_attention",
         "use_backend",
     ],
     "layers": [

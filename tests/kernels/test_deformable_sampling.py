@@ -316,6 +316,18 @@ def test_the_fast_path_is_registered():
     torch.library.opcheck(sampled_by_bags, (value, [5, 7, 1, 3], locations, weights))
 
 
+@pytest.mark.parametrize(("length", "dtype"), [(9, torch.int32), (2**29 + 4, torch.int64)])
+def test_rows_are_counted_in_as_many_bits_as_the_last_needs(length, dtype):
+    """The table of the long one has more than 2**31 rows, though nothing is stored: all are one number."""
+    from lamina.kernels._deformable_bags import _Samples
+
+    value, locations = torch.zeros(1).expand(2, length, 2, 1), torch.full((2, 1, 2, 1, 2), 0.5)
+    rows = _Samples(value, (length - 4, 2, 2), locations).rows
+    assert rows.dtype is dtype
+    last = [2 * (2 * length - 4 + cell) + 1 for cell in range(4)]  # of the last row of the batch and head
+    assert rows[1, 0, 1, 0].flatten().tolist() == last
+
+
 def test_forward_derivatives_take_the_definition():
     inputs = [t.detach() for t in draw((1, 3, 2, 2, 5), SHAPES[:1])]
     tangents = tuple(torch.randn_like(t) for t in inputs)

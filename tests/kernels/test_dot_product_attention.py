@@ -3,15 +3,17 @@
 import importlib
 import itertools
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import dot_product_attention, explain, use_backend
+from lamina.kernels import DistanceBias, dot_product_attention, explain, use_backend
 from lamina.kernels.dot_product_attention import attention_weights
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 module = importlib.import_module("lamina.kernels.dot_product_attention")  # the package has its function
@@ -262,14 +264,84 @@ def test_compiles_whole_and_keeps_its_numbers(backend, sizes):
     )
 
 
+def calls_sdpa(inputs: list[Tensor]) -> bool:
+    with torch.profiler.profile() as profile:
+        dot_product_attention(*inputs)
+    return any("scaled_dot_product" in event.name for event in profile.events())
+
+
 def test_takes_the_path_that_it_says():
     short, long = draw((1, 2, 2, 5, 48, 4, 4)), draw((1, 2, 2, 5, 49, 4, 4))
     assert explain(dot_product_attention, *short).chosen == "reference"
     assert explain(dot_product_attention, *long).chosen == "torch"
-    assert "ScaledDotProduct" in str(dot_product_attention(*long).grad_fn)
-    assert "ScaledDotProduct" not in str(dot_product_attention(*short).grad_fn)
+    assert calls_sdpa(long)
+    assert not calls_sdpa(short)
     with use_backend("torch"):
-        assert "ScaledDotProduct" in str(dot_product_attention(*short).grad_fn)
+        assert calls_sdpa(short)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": True}, {"mask": True}], ids=str)
+def test_second_derivatives_on_every_path(options):
+    inputs = draw((1, 2, 1, 3, 4, 2, 3))
+    if options.pop("bias", False):
+        inputs.append(torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+    if options.pop("mask", False):
+        options = {"mask": torch.rand(1, 2, 3, 4) < 0.6}
+
+    def operation(query, key, value, bias=None):
+        return dot_product_attention(query, key, value, bias=bias, **options)
+
+    def loss(query):
+        return operation(query, *inputs[1:]).square().sum()
+
+    grad, query = torch.func.grad, inputs[0].detach()
+    with use_backend("torch"):
+        assert calls_sdpa(inputs[:3])
+        assert gradgradcheck(operation, inputs)
+        actual = torch.func.hessian(loss)(query), grad(lambda q: grad(loss)(q).sum())(query)
+    with use_backend("reference"):
+        expected = torch.func.hessian(loss)(query), grad(lambda q: grad(loss)(q).sum())(query)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_second_backward_pass_over_a_kept_graph():
+    query, key, value = draw((1, 2, 2, 60, 70, 4, 4))
+    out = dot_product_attention(query, key, value)
+    cotangent = torch.randn_like(out)
+    first = torch.autograd.grad(out, (query, key, value), cotangent, retain_graph=True)
+    with_graph = torch.autograd.grad(out, (query, value), cotangent, create_graph=True)
+    again = torch.autograd.grad(out, (query, key, value), cotangent)
+    torch.testing.assert_close(first, again)
+    torch.testing.assert_close((first[0], first[2]), with_graph)
+
+
+def on_a_gpu(options) -> str:
+    """What would be chosen there: fake tensors have the device, and nothing to compute with."""
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 4, 256, 64, device="cuda", dtype=options.pop("dtype", torch.float16))] * 3
+        made = {n: value() if callable(value) else value for n, value in options.items()}
+        return explain(dot_product_attention, *inputs, **made).chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "torch"),
+        ({"is_causal": True}, "torch"),
+        ({"dropout": 0.1}, "torch"),
+        ({"dtype": torch.float64, "window": (3, 3)}, "torch"),
+        ({"window": (3, 3)}, "triton"),
+        ({"bias": lambda: torch.empty(4, 256, 256, device="cuda")}, "triton"),
+        ({"mask": lambda: torch.empty(256, 256, device="cuda", dtype=torch.bool)}, "triton"),
+        ({"key_lengths": lambda: torch.empty(2, device="cuda", dtype=torch.long)}, "triton"),
+        ({"score_bias": lambda: DistanceBias(torch.empty(4, device="cuda"))}, "triton"),
+    ],
+    ids=str,
+)
+def test_the_rules_of_a_gpu(options, chosen):
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    assert on_a_gpu(dict(options)) == chosen
 
 
 def shapes(*given: tuple[int, ...]) -> list[Tensor]:

@@ -205,6 +205,10 @@ def test_the_grid_is_that_of_the_call_then_the_layer_s_then_a_square():
     assert not torch.allclose(layer(tokens), square(tokens))
 
 
+def test_by_default_it_has_eight_heads_along_both_axes():
+    assert AxialAttention(16).weights(torch.randn(1, 6, 16), grid=(2, 3)).shape == (1, 2 * 8, 6, 6)
+
+
 def test_its_weights_are_captured_once_for_the_whole_grid():
     layer, tokens = draw(), x(2, 9, 8)
     with capture_attention(layer) as record:

@@ -57,6 +57,14 @@ def test_what_takes_no_gradient_gets_none(frozen):
     torch.testing.assert_close(outcome(chunked, x, cotangent), outcome(whole, x, cotangent))
 
 
+def test_a_weight_of_two_layers_gets_the_gradients_of_both():
+    chunked, whole = pair(3, 5, gated=True, **WIDE)
+    for layer in chunked, whole:
+        layer.gate.weight = layer.up.weight
+    x, cotangent = torch.randn(7, 3, requires_grad=True, **WIDE), torch.randn(7, 3, **WIDE)
+    torch.testing.assert_close(outcome(chunked, x, cotangent), outcome(whole, x, cotangent))
+
+
 def test_any_leading_dimensions_and_any_stride():
     chunked, whole = pair(3, chunk_size=4)
     x = torch.randn(2, 5, 7, 3)
@@ -92,6 +100,29 @@ def test_no_more_than_a_chunk_of_tokens_at_a_time(plain):
     with torch.no_grad():
         layer(x)
     assert seen == [(4, 5), (4, 5), (2, 5)]
+
+
+def tokens_at_a_time(layer: ChunkedFeedForward) -> list[int]:
+    seen: list[int] = []
+    layer.activation.register_forward_hook(lambda *args: seen.append(args[2].shape[:-1].numel()))
+    return seen
+
+
+def test_what_fits_into_one_chunk_is_not_computed_again():
+    layer = ChunkedFeedForward(3, 5, chunk_size=4)
+    seen = tokens_at_a_time(layer)
+    layer(torch.randn(2, 2, 3)).sum().backward()
+    assert seen == [4]
+
+
+def test_without_recomputing_a_call_is_chunked_where_it_keeps_nothing():
+    layer, x = ChunkedFeedForward(3, 5, chunk_size=4, recompute=False), torch.randn(2, 5, 3)
+    seen = tokens_at_a_time(layer)
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    layer.requires_grad_(False)(x)
+    assert seen == [10, 4, 4, 2, 4, 4, 2]
 
 
 def kept(layer: nn.Module, x: Tensor) -> int:

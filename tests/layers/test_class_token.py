@@ -82,6 +82,11 @@ def test_starts_normal_or_at_zero():
     assert ClassToken(7, distillation=True).weight.shape == (2, 7)
 
 
+def test_repr_tells_the_tokens():
+    assert repr(ClassToken(5)) == "ClassToken(5, distillation=False, std=0.02)"
+    assert repr(ClassToken(5, distillation=True)) == "ClassToken(5, distillation=True, std=0.02)"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -304,7 +304,9 @@ def test_size_in_the_paper():
         "value.weight": (256, 256),
         "out.weight": (256, 256),
     }
-    assert DeformableAttention(8, 2, bias=False).value.bias is None
+    without = DeformableAttention(8, 2, bias=False)
+    assert without.value.bias is without.out.bias is None
+    assert without.offsets.bias is not None  # the ring of points
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,24 @@ def test_the_draw_has_the_papers_ranges_for_each_image():
     # int(15 / 8 + 0.5) rows and one column; 8 of 15 rows and 4 of 8 columns are cut, both even.
     assert [drawn["shift"][:, axis].unique().tolist() for axis in (0, 1)] == [[-2, -1, 0, 1, 2], [-1, 0, 1]]
     assert [drawn["cutout"][:, axis].unique().tolist() for axis in (0, 1)] == [[*range(16)], [*range(9)]]
-    odd = DifferentiableAugmentation(["cutout"], cutout_ratio=0.2).draw(x)["cutout"]
-    assert [odd[:, axis].unique().tolist() for axis in (0, 1)] == [[*range(15)], [*range(9)]]
+    for ratio, places in (0.2, (15, 9)), (0.4, (16, 8)):  # 3 rows and 2 columns, 6 rows and 3 columns
+        centre = DifferentiableAugmentation(["cutout"], cutout_ratio=ratio).draw(x)["cutout"]
+        assert [centre[:, axis].unique().tolist() for axis in (0, 1)] == [[*range(n)] for n in places]
     assert drawn["cuts"].tolist() == [True]
     independent = torch.corrcoef(
         torch.stack([v.double().view(20_000, -1)[:, 0] for n, v in drawn.items() if n != "cuts"])
     )
     assert (independent - torch.eye(5)).abs().max() < 0.05
+
+
+def test_the_rectangle_lies_around_its_centre():
+    """5 of 9 rows and 4 of 8 columns: in the middle, and in a corner, where some of it is outside."""
+    drawn = {"cutout": torch.tensor([[4, 4], [0, 8]]), "cuts": torch.tensor([True])}
+    expected = torch.ones(2, 1, 9, 8)
+    expected[0, 0, 2:7, 2:6] = 0
+    expected[1, 0, :3, 6:] = 0
+    y = DifferentiableAugmentation(["cutout"]).augment(torch.ones(2, 1, 9, 8), drawn)
+    assert torch.equal(y, expected)
 
 
 def test_a_batch_is_cut_with_a_probability():

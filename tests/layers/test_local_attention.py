@@ -97,6 +97,13 @@ def test_by_default_it_sees_one_chunk_back_and_one_ahead():
     layer, tokens = LocalAttention(8, 2, window=4), torch.randn(1, 24, 8)
     seen = layer.weights(tokens)[0, 0, 13] > 0
     assert seen.nonzero().flatten().tolist() == list(range(8, 20))
+    layer = LocalAttention(16)
+    assert (layer.num_heads, layer.window) == (8, 64)
+
+
+def test_a_chunk_may_be_one_token():
+    seen = draw(window=1).weights(x(1, 5, 8))[0, 0] > 0
+    assert seen.tolist() == [[abs(i - j) <= 1 for j in range(5)] for i in range(5)]
 
 
 def test_tokens_that_see_none_give_the_bias_of_the_output():

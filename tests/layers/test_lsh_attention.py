@@ -178,6 +178,14 @@ def test_normals_are_normal_and_independent():
     assert (torch.corrcoef(torch.stack(several)) - torch.eye(5)).abs().max() < 0.06
 
 
+def test_normals_of_a_seed_are_the_same_in_every_version():
+    """A saved layer hashes by them: its seed alone is in the state dict."""
+    expected = [[0.2905396, 0.1658778, 0.8635153], [-1.1228281, -1.3529539, -1.3226391]]
+    torch.testing.assert_close(seeded_normals(torch.tensor(7), (2, 3)), torch.tensor(expected))
+    expected = [0.5602098, -2.4811099, 0.4158162]
+    torch.testing.assert_close(seeded_normals(torch.tensor(2**40), (1, 3))[0], torch.tensor(expected))
+
+
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(-(2**62), 2**62))
 def test_a_smaller_shape_is_a_part_of_a_larger_one(sizes, seed):
     small = seeded_normals(torch.tensor(seed), sizes)
@@ -278,6 +286,17 @@ def test_dropout_is_in_training_only():
     assert not torch.equal(layer(tokens), layer(tokens))
     layer.eval()
     assert torch.equal(layer(tokens), layer(tokens))
+
+
+def test_defaults_are_eight_heads_of_four_rounds_over_chunks_of_64_that_look_back():
+    layer = LSHAttention(16)
+    assert (layer.num_heads, layer.num_hashes, layer.chunk_size) == (8, 4, 64)
+    assert (layer.look_back, layer.look_ahead, layer.scale, layer.seed) == (1, 0, 1.0, 0)
+
+
+def test_a_chunk_may_be_one_token():
+    weights = draw(chunk_size=1, num_hashes=1, look_back=0).weights(x(1, 5, 8))
+    torch.testing.assert_close(weights, torch.eye(5, dtype=torch.float64).expand(1, 2, 5, 5))
 
 
 def test_starts_xavier_uniform_and_has_three_projections():

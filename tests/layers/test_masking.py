@@ -70,6 +70,11 @@ def test_softmax_among_what_takes_part():
     assert gradient[0, 0] != 0
 
 
+def test_softmax_without_a_mask_is_the_softmax_of_the_last_dimension():
+    scores = torch.randn(2, 3, 5)
+    assert torch.equal(masked_softmax(scores), scores.softmax(2))
+
+
 def test_softmax_gradients():
     mask = torch.rand(3, 5) < 0.5
     assert gradcheck(

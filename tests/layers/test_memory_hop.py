@@ -216,6 +216,20 @@ def test_ages_are_those_of_the_noise(vocab_size):
 
 
 @ways
+@pytest.mark.parametrize(
+    "names", [("input_temporal", "output_temporal"), ("output_temporal", "input_temporal")]
+)
+def test_one_temporal_encoding_is_two_of_which_one_is_zero(vocab_size, names):
+    times = [TemporalEncoding(3, 5, std=std, dtype=torch.float64) for std in (0.7, 0.0)]
+    one = hop_of(vocab_size, **{names[0]: times[0]})
+    tables = {name: getattr(one, name) for name in ("input_embedding", "output_embedding")}
+    two = hop_of(vocab_size, **tables, **dict(zip(names, times, strict=True)))
+    state, story = x(2, 5), torch.randint(1, 11, (2, 3, 4))
+    torch.testing.assert_close(one(state, story), two(state, story))
+    torch.testing.assert_close(one.weights(state, story), two.weights(state, story))
+
+
+@ways
 def test_a_row_without_memories_keeps_its_state_and_passes_no_gradient(vocab_size):
     hop = hop_of(vocab_size, max_memories=5)
     state, story = x(2, 5).requires_grad_(), torch.randint(1, 11, (2, 3, 4))
@@ -350,6 +364,16 @@ def test_tied_hops_stay_tied_and_load(tying):
         assert (parameter.grad != 0).any(), name
         if "embedding" in name:
             assert (parameter.grad[0] == 0).all(), "padding got a gradient"
+
+
+@pytest.mark.parametrize("tying", ["adjacent", "layerwise"])
+def test_a_stack_of_one_is_a_hop_with_the_same_defaults(tying):
+    options = {"activation": nn.ReLU, "max_memories": 3}
+    torch.manual_seed(0)
+    (hop,) = memory_hops(1, 11, 5, tying=tying, **options)
+    torch.manual_seed(0)
+    alone = MemoryHop(5, vocab_size=11, hidden_map=tying == "layerwise", **options)
+    assert hop(STATE, STORY).equal(alone(STATE, STORY))
 
 
 def test_the_last_options_reach_every_hop():

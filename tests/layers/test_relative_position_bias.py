@@ -6,7 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.layers import MultiHeadAttention, RelativePositionBias, RelativePositionBias2d
+from lamina.layers import (
+    GaussianAttention,
+    MultiHeadAttention,
+    RelativePositionBias,
+    RelativePositionBias2d,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 sizes, seeds = st.integers(0, 7), st.integers(0, 2**31)
@@ -192,6 +197,13 @@ def test_bad_sizes_are_named(options, message):
         RelativePositionBias(2, **options)
 
 
+def test_repr_tells_sizes():
+    assert repr(RelativePositionBias(2, num_buckets=8)) == (
+        "RelativePositionBias(2, max_distance=128, num_buckets=8, bidirectional=True)"
+    )
+    assert repr(RelativePositionBias2d(2, (3, 5))) == "RelativePositionBias2d(2, (3, 5))"
+
+
 def test_bad_grids_are_named():
     with pytest.raises(ValueError, match=r"grid must have at least one row and one column, got \(3, 0\)"):
         RelativePositionBias2d(2, (3, 0))
@@ -199,3 +211,35 @@ def test_bad_grids_are_named():
     for grid in (4, 5), (3, 6), (0, 2), (2, 0):
         with pytest.raises(ValueError, match=r"grid must be from \(1, 1\) to \(3, 5\), got"):
             layer(grid)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    buckets=st.sampled_from([None, 4, 8]),
+    bidirectional=st.booleans(),
+)
+def test_the_table_of_distances_is_what_is_written_out(seed, queries, keys, buckets, bidirectional):
+    torch.manual_seed(seed)
+    layer = RelativePositionBias(3, max_distance=5, num_buckets=buckets, bidirectional=bidirectional)
+    assert torch.equal(layer.score_bias(queries, keys).dense(queries, keys), layer(queries, keys))
+
+
+@pytest.mark.parametrize("grid", [None, (2, 5), (3, 1), (1, 1)])
+def test_the_table_of_offsets_is_what_is_written_out(grid):
+    layer = RelativePositionBias2d(3, (3, 5))
+    assert torch.equal(layer.score_bias(grid).dense(), layer(grid))
+
+
+@pytest.mark.parametrize("kind", [MultiHeadAttention, GaussianAttention])
+def test_attention_takes_the_table_as_its_bias(kind):
+    relative, attention = RelativePositionBias(4, num_buckets=8), kind(16, num_heads=4)
+    query, key = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    table, dense = relative.score_bias(5, 7), relative(5, 7)
+    torch.testing.assert_close(attention(query, key, bias=table), attention(query, key, bias=dense))
+    torch.testing.assert_close(
+        attention.weights(query, key, bias=table), attention.weights(query, key, bias=dense)
+    )
+    with pytest.raises(ValueError, match=r"positions of \(Lq, Lk\) = \(5, 5\), got \(5, 7\)"):
+        attention(query, bias=table)

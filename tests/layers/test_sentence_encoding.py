@@ -77,7 +77,7 @@ def test_max_words_counts_columns_of_one_length(form):
     encoding, sentence = SentenceEncoding(5, form=form, max_words=7), x(3, 5)
     expected = torch.tensor(encoded(form, sentence.numpy(), 5, 7))
     torch.testing.assert_close(encoding(sentence), expected)
-    torch.testing.assert_close(encoding(torch.cat([sentence, torch.zeros(2, 5)])), expected)
+    torch.testing.assert_close(encoding(torch.cat([sentence, torch.zeros(4, 5)])), expected)
     mask = torch.tensor([True] * 3 + [False] * 2)
     torch.testing.assert_close(encoding(torch.cat([sentence, x(2, 5)]), mask), expected)
     second = torch.tensor([False, True, False])

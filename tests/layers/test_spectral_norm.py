@@ -283,6 +283,18 @@ def test_autocast_does_not_lower_the_precision_of_the_norm():
         assert layer(torch.randn(2, 7)).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_is_off_within_the_norm(monkeypatch, training):
+    """On a GPU it would round a matrix times a vector; on a CPU it does not, so its state is read."""
+    layer, seen, product = SpectralLinear(7, 5).train(training), set(), torch.mv
+    monkeypatch.setattr(
+        torch, "mv", lambda *args: seen.add(torch.is_autocast_enabled("cpu")) or product(*args)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 7))
+    assert seen == {False}
+
+
 @every_layer
 def test_training_compiles_whole_and_keeps_the_vectors(kind):
     layer, _, x = twins(kind)

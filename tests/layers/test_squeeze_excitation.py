@@ -120,6 +120,15 @@ def test_autocast_keeps_the_image_as_it_is():
         assert layer(x).dtype is torch.float32
 
 
+def test_an_image_keeps_its_dtype_beside_a_wider_gate():
+    class Wide(nn.Sigmoid):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.float())
+
+    half = {"dtype": torch.bfloat16}
+    assert SqueezeExcitation(32, gate=Wide, **half)(torch.randn(2, 32, 5, 7, **half)).dtype is torch.bfloat16
+
+
 def test_one_pixel_and_no_image():
     layer = SqueezeExcitation(3)
     assert layer(torch.randn(2, 3, 1, 1)).isfinite().all()

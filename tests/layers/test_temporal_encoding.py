@@ -51,6 +51,7 @@ def test_ages_choose_the_rows_and_zero_none():
     added = encoding(memories, ages=ages) - memories
     rows = torch.cat([torch.zeros(1, 5), encoding.weight.detach()])
     torch.testing.assert_close(added, rows[ages])
+    assert encoding.rows().equal(rows.double())
 
 
 def test_gradients():
@@ -81,6 +82,10 @@ def test_starts_normal():
     assert TemporalEncoding(500, 40).weight.std().item() == pytest.approx(0.1, rel=0.05)
     assert TemporalEncoding(500, 40, std=0.7).weight.std().item() == pytest.approx(0.7, rel=0.05)
     assert TemporalEncoding(500, 40).weight.mean().abs().item() < 0.005
+
+
+def test_repr_tells_sizes():
+    assert repr(TemporalEncoding(500, 40)) == "TemporalEncoding(500, 40, std=0.1)"
 
 
 @given(

@@ -56,7 +56,8 @@ def test_perplexity_of_one_code_and_of_all():
     codes = quantizer.codebook.detach()
     even, one = quantizer(codes.repeat(4, 1)), quantizer(codes[:1].repeat(4, 1))
     assert (even.perplexity.item(), even.usage.item()) == pytest.approx((5, 1))
-    assert (one.perplexity.item(), one.usage.item()) == pytest.approx((1, 0.2))
+    for single in one, quantizer(codes[:1]):
+        assert (single.perplexity.item(), single.usage.item()) == pytest.approx((1, 0.2))
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
@@ -198,6 +199,13 @@ def test_averages_move_by_the_formula():
         np.testing.assert_allclose(quantizer.ema_count.numpy(), count)
         np.testing.assert_allclose(quantizer.ema_sum.numpy(), total)
         np.testing.assert_allclose(quantizer.codebook.numpy(), total / smoothed[:, None])
+
+
+def test_one_code_of_one_channel_without_memory_is_the_mean():
+    quantizer, x = VectorQuantizer(1, 1, ema_decay=0.0, **WIDE), torch.randn(11, 1, **WIDE)
+    mask = torch.arange(11) < 4
+    assert not quantizer(x, mask=mask).indices[mask].any()
+    torch.testing.assert_close(quantizer.codebook, x[mask].mean(0, keepdim=True))
 
 
 def test_with_averages_the_loss_is_commitment_alone_and_the_codebook_is_no_parameter():

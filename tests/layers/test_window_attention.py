@@ -125,6 +125,7 @@ def test_chunks_bound_what_the_scores_hold(monkeypatch):
     draw(2)(x(64, 64, 8))
     assert all(b * w * h * t * t * 8 <= 2**12 for b, w, h, t, _ in seen)
     assert sum(b * w for b, w, *_ in seen) == 64 * 16
+    assert len(seen) == 2**18 // 2**12  # and no smaller chunk than it may be
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
@@ -350,10 +351,14 @@ def test_dropout_is_of_the_weights_and_in_training_only():
     dropped = layer(tokens)
     assert not torch.equal(dropped, layer(tokens))
     layer.eval()
-    assert torch.equal(layer(tokens), layer(tokens))
+    plain = layer(tokens)
+    assert torch.equal(layer(tokens), plain)
+    layer.train()
+    torch.testing.assert_close(layer(tokens[:1].expand(3000, -1, -1)).mean(0), plain[0], rtol=0, atol=0.5)
     with use_backend("reference"):
-        layer.train()
         assert not torch.equal(layer(tokens), layer(tokens))
+    layer.dropout = 0.0
+    assert torch.equal(layer(tokens), plain)
 
 
 def test_the_grid_is_that_of_the_call_then_the_layer_s_then_a_square():
@@ -372,6 +377,7 @@ def test_starts_xavier_uniform_with_zero_bias():
         assert projection.weight.std().item() == pytest.approx((6 / 128) ** 0.5 / 3**0.5, rel=0.05)
         assert (projection.bias == 0).all()
     assert layer.relative_bias.weight.shape == (169, 4)
+    assert WindowAttention(16).relative_bias.weight.shape == (169, 8)
     assert WindowAttention(8, 2, bias=False).query.bias is None
     assert WindowAttention(8, 2, bias=False).out.bias is not None
     assert WindowAttention(8, 2, out_bias=False).out.bias is None

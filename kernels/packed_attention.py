@@ -1,0 +1,224 @@
+"""Dot-product attention of sequences that lie one after the other, without padding.
+
+    out[i] = dot_product_attention of i's own sequence
+
+Padding costs as much as tokens do: of sequences of any lengths, packed rows are all the work there is. The
+Triton kernel takes them in one launch; elsewhere each sequence is one call.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Refusals, choose, forced_backend, operation, triton_refusal
+from .checks import check_dropout, check_window
+from .dot_product_attention import (
+    Window,
+    dot_product_attention,
+    dot_product_attention_reference,
+    kernel_bias,
+    written_out,
+)
+from .score_bias import DistanceBias
+
+
+def _refusals(query: Tensor, key: Tensor, value: Tensor, *starts: Tensor, **options: Any) -> Refusals:
+    refusals: Refusals = {}
+    score_bias = options.get("score_bias")
+    tensors = [query, key, value, *([] if score_bias is None else [score_bias.coefficients])]
+    if (reason := triton_refusal(*tensors)) is not None:
+        refusals["triton"] = reason
+    elif max(query.shape[-1], value.shape[-1]) > 256:
+        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {query.shape[-1]}"
+    elif forced_backend() is None and query.dtype is torch.float64:
+        refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
+    elif (
+        forced_backend() is None
+        and query.dtype is torch.float32
+        and max(query.shape[-1], value.shape[-1]) > 128
+    ):
+        refusals["triton"] = "float32 heads wider than 128 overflow the registers in the kernel"
+    return refusals
+
+
+@operation(_refusals)
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor | None = None,
+    *,
+    longest: tuple[int, int] | None = None,
+    score_bias: DistanceBias | None = None,
+    window: Window | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`dot_product_attention` within each of several sequences, whose tokens stand in one row.
+
+    Time O(sum of Lq Lk D), memory as `dot_product_attention`. The kernel is one launch, and never looks at
+    the starts on the host where `longest` is given; the other paths read them, for which a GPU is waited for,
+    and call `dot_product_attention` once a sequence. Derivatives and determinism are as there.
+
+    Args:
+        query: (N, H, D), of all sequences' queries.
+        key: (M, G, D), where G divides H.
+        value: (M, G, Dv).
+        query_starts: integers (B + 1,), from 0 to N: sequence b starts at the b-th and ends before the next.
+            Elsewhere they are called `cu_seqlens`.
+        key_starts: likewise of the keys, from 0 to M; `query_starts` where they are not given.
+        longest: the most queries and the most keys of a sequence, or more; read from the starts where it is
+            not given.
+        score_bias: a `DistanceBias`, within each sequence.
+        window: (before, after), within each sequence, as of `dot_product_attention`.
+        is_causal: within each sequence its last query sees its last key.
+        scale: of the dot products; 1 / sqrt(D) where it is not given.
+        dropout: probability with which a weight is dropped; drawn whenever it is not 0.
+
+    Returns:
+        (N, H, Dv).
+
+    Raises:
+        ValueError: a shape or dtype does not fit the others, or as `dot_product_attention`. That the starts
+            rise from 0 to N is looked at where they are read.
+
+    Example:
+        >>> tokens = torch.randn(7, 2, 8)  # of a sequence of three and one of four
+        >>> packed_attention(tokens, tokens, tokens, torch.tensor([0, 3, 7]), is_causal=True).shape
+        torch.Size([7, 2, 8])
+    """
+    key_starts = query_starts if key_starts is None else key_starts
+    _check(query, key, value, query_starts, key_starts, score_bias, window, dropout)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    path = choose("packed_attention", _refusals(query, key, value, score_bias=score_bias))
+    if path == "triton":
+        longest = longest or (_longest(query_starts), _longest(key_starts))
+        return _triton_path(
+            query,
+            key,
+            value,
+            query_starts,
+            key_starts,
+            longest,
+            score_bias,
+            window,
+            is_causal,
+            scale,
+            dropout,
+        )
+    outputs = []
+    ends = list(zip(*(_read(s, t) for s, t in ((query_starts, query), (key_starts, key))), strict=True))
+    for (i, j), (i_end, j_end) in itertools.pairwise(ends):
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query[i:i_end], key[j:j_end], value[j:j_end]))
+        if path == "torch":
+            out = dot_product_attention(
+                q,
+                k,
+                v,
+                score_bias=score_bias,
+                window=window,
+                is_causal=is_causal,
+                scale=scale,
+                dropout=dropout,
+            )
+        else:
+            mask, bias = written_out(q, k, None, None, score_bias, None, window)
+            out = dot_product_attention_reference(
+                q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale, dropout=dropout
+            )
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs) if outputs else query.new_zeros(0, query.shape[1], value.shape[2])
+
+
+def _triton_path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    longest: tuple[int, int],
+    score_bias: DistanceBias | None,
+    window: Window | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    from .fused.dot_product_attention import attention
+
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    before, after = (-1 if bound is None else bound for bound in window or (None, None))
+    out, _ = attention(
+        *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)),
+        None,
+        None,
+        *kernel_bias(score_bias),
+        None,
+        query_starts.to(torch.int32).contiguous(),
+        key_starts.to(torch.int32).contiguous(),
+        list(longest),
+        before,
+        0 if is_causal else after,
+        scale,
+        dropout,
+        torch.randint(2**62, (1,), device=query.device) if dropout else None,
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _longest(starts: Tensor) -> int:
+    return int(starts.diff().max()) if len(starts) > 1 else 0
+
+
+def _read(starts: Tensor, tokens: Tensor) -> Sequence[int]:
+    """The starts, on the host."""
+    read: list[int] = starts.tolist()
+    if read[0] != 0 or read[-1] != len(tokens) or any(a > b for a, b in itertools.pairwise(read)):
+        raise ValueError(f"starts must rise from 0 to the number of tokens, {len(tokens)}, got {read}")
+    return read
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    score_bias: DistanceBias | None,
+    window: Window | None,
+    dropout: float,
+) -> None:
+    fits = query.ndim == key.ndim == value.ndim == 3
+    if not fits or not (
+        key.shape[:2] == value.shape[:2]
+        and query.shape[-1] == key.shape[-1]
+        and key.shape[1]
+        and query.shape[1] % key.shape[1] == 0
+    ):
+        raise ValueError(
+            "expected query (N, H, D), key (M, G, D) and value (M, G, Dv) where G divides H, got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        )
+    for name, starts in ("query_starts", query_starts), ("key_starts", key_starts):
+        if (
+            starts.shape != query_starts.shape
+            or starts.ndim != 1
+            or starts.dtype not in (torch.int32, torch.int64)
+        ):
+            found = f"{tuple(starts.shape)} of {starts.dtype}"
+            raise ValueError(f"{name} must be (B + 1,) of int32 or int64, got {found}")
+    if score_bias is not None and not isinstance(score_bias, DistanceBias):
+        raise ValueError(f"score_bias must be a DistanceBias, got {type(score_bias).__name__}")
+    if score_bias is not None and len(score_bias.coefficients) != query.shape[1]:
+        raise ValueError(
+            f"score_bias must have {query.shape[1]} coefficients, one a head, "
+            f"got {len(score_bias.coefficients)}"
+        )
+    check_window(window)
+    check_dropout(dropout)

@@ -99,14 +99,18 @@ def machine() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
-    """What this machine reaches at best: FLOP/s of a large float32 product, bytes/s of a large copy."""
+    """What this machine reaches at best: FLOP/s of a large product, by dtype, bytes/s of a large copy."""
     n = 8192 if DEVICE == "cuda" else 1024
     a, b = torch.randn(n, n, device=DEVICE), torch.randn(n, n, device=DEVICE)
     source = torch.randn(2**26 if DEVICE == "cuda" else 2**24, device=DEVICE)
     target = torch.empty_like(source)
     product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(5))
     copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
-    return {"flops": 2 * n**3 / product, "bytes": 2 * 4 * source.numel() / copy}
+    found = {"flops": 2 * n**3 / product, "bytes": 2 * 4 * source.numel() / copy}
+    if DEVICE == "cuda":  # a CPU is not asked for bfloat16
+        a, b = a.bfloat16(), b.bfloat16()
+        found["flops of bfloat16"] = 2 * n**3 / min(_seconds(lambda: torch.mm(a, b)) for _ in range(5))
+    return found
 
 
 @pytest.fixture
@@ -152,18 +156,21 @@ def benchmark_op(
             else:
                 with torch.no_grad():
                     of(*placed)
+
+        def wait(of: Callable[..., Tensor], leaves: Sequence[Tensor]) -> None:
+            once(of, leaves)
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
         def call() -> None:
-            once(operation, wanted)
+            wait(operation, wanted)
 
         if reference is not None:
             inputs_only = [t for t in placed if t.requires_grad]
             check_equal(outcome(operation, inputs_only), outcome(reference, inputs_only))
             leaves = [*inputs_only, *reference_parameters]
             rounds = 5 if request.config.option.quick else 20
-            ratio = by_turns(call, lambda: once(reference, leaves), rounds)
+            ratio = by_turns(call, lambda: wait(reference, leaves), rounds)
             benchmark.extra_info["times_as_fast_as_reference"] = round(ratio, 3)
         benchmark.extra_info["machine"] = machine()
         benchmark.extra_info["peak_mb"] = round(peak_bytes(call) / 2**20, 2)
@@ -172,12 +179,16 @@ def benchmark_op(
         if DEVICE == "cuda":
             from triton.testing import do_bench
 
-            seconds = do_bench(call, return_mode="median") / 1e3
+            # Its events stand around the call: waited for within them, they would time the launches too.
+            seconds = do_bench(lambda: once(operation, wanted), return_mode="median") / 1e3
             benchmark.extra_info["event_ms"] = 1e3 * seconds
         for what, amount in ("flops", flops), ("bytes", bytes_moved):
             if amount is not None:
+                ceiling = ceilings.get(
+                    f"{what} of {str(placed[0].dtype).removeprefix('torch.')}", ceilings[what]
+                )
                 benchmark.extra_info[f"{what}_per_s"] = amount / seconds
-                benchmark.extra_info[f"of_{what}_ceiling"] = round(amount / seconds / ceilings[what], 4)
+                benchmark.extra_info[f"of_{what}_ceiling"] = round(amount / seconds / ceiling, 4)
 
     return run
 

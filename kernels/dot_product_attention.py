@@ -149,7 +149,11 @@ def dot_product_attention(
         return definition(query, key, value, bias)
     if dropout:  # the definition would drop others
         return pytorch(query, key, value, bias)
-    return twice_differentiable(pytorch, definition, query, key, value, bias)
+    # One node of autograd, where PyTorch neither repeats heads nor pads them, and `_torch_path` adds nothing.
+    trained = bias is not None and bias.requires_grad
+    alone = query.is_cpu or (mask is None and bias is None and query.shape[-1] % 8 == 0)
+    node = "ScaledDotProduct" if alone and not trained and query.shape[1] == key.shape[1] else ""
+    return twice_differentiable(pytorch, definition, query, key, value, bias, node=node)
 
 
 def dot_product_attention_reference(

@@ -173,7 +173,10 @@ def attention_backward(
     if of_table and table is not None and query_positions is not None and key_positions is not None:
         by_place = shared(1, table.shape[0])[0]
         at = query_positions[: call.queries, None] - key_positions[None, : call.keys]
-        d_table = zeros(*table.shape).index_add_(1, at.flatten(), by_place.flatten(1)).to(table.dtype)
+        # Accumulated in sorted order: of `index_add_` on a GPU no two runs would be the same.
+        d_table = zeros(table.shape[1], table.shape[0])
+        d_table.index_put_((at.flatten(),), by_place.flatten(1).t(), accumulate=True)
+        d_table = d_table.t().to(table.dtype).contiguous()
     if of_coefficients and coefficients is not None:
         d_coefficients = d_coefficients.sum((0, 2)).to(coefficients.dtype)
     else:

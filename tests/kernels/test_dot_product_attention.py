@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import weakref
 from importlib.util import find_spec
 
 import numpy as np
@@ -304,15 +305,30 @@ def test_second_derivatives_on_every_path(options):
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_second_backward_pass_over_a_kept_graph():
-    query, key, value = draw((1, 2, 2, 60, 70, 4, 4))
-    out = dot_product_attention(query, key, value)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_second_backward_pass_over_a_kept_graph(groups):
+    inputs = draw((1, 2, groups, 60, 70, 4, 4))
+    out = dot_product_attention(*inputs)
     cotangent = torch.randn_like(out)
-    first = torch.autograd.grad(out, (query, key, value), cotangent, retain_graph=True)
-    with_graph = torch.autograd.grad(out, (query, value), cotangent, create_graph=True)
-    again = torch.autograd.grad(out, (query, key, value), cotangent)
-    torch.testing.assert_close(first, again)
+    with_graph = torch.autograd.grad(out, [inputs[0], inputs[2]], cotangent, create_graph=True)
+    first = torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
+    again = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
+    torch.testing.assert_close(first, tuple(g.detach() for g in again))
     torch.testing.assert_close((first[0], first[2]), with_graph)
+    torch.autograd.grad(with_graph, inputs, [torch.randn_like(g) for g in with_graph])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_backward_pass_lets_go_of_the_inputs(groups):
+    """As autograd does of what it has saved: layer by layer, not when the whole graph goes."""
+    inputs = [t.detach().requires_grad_() for t in draw((1, 2, groups, 60, 70, 4, 4))]
+    moved = [t * 1 for t in inputs]
+    kept = [weakref.ref(t) for t in moved]
+    out = dot_product_attention(*moved)
+    del moved
+    torch.autograd.grad(out, inputs, torch.randn_like(out))
+    assert [ref() is None for ref in kept] == [True] * 3
+    assert out.grad_fn is not None
 
 
 def on_a_gpu(options) -> str:

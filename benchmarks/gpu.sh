@@ -103,7 +103,7 @@ tests() {
   if on_gpu; then
     # Tests that choose their device run here; others know the CPU alone, where Triton must be interpreted.
     for file in tests/kernels/test_*.py; do
-      if grep -q '"cuda" if' "$file"; then
+      if grep -q 'kernels_device' "$file"; then
         files+=("$file")
       elif grep -q 'compare\|"triton"' "$file"; then
         cpu_only+=("$file")
@@ -111,7 +111,7 @@ tests() {
     done
     if [ ${#cpu_only[@]} -gt 0 ]; then
       say "for the CPU only, left out: ${cpu_only[*]}"
-      say "  (each would need what test_fused_attention.py has: DEVICE, and a fixture that draws on it)"
+      say "  (each would need the fixture kernels_device, as test_fused_attention.py)"
     fi
     if [ ${#files[@]} -eq 0 ]; then
       say "tests: no file chooses its device"

@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; a GPU run sets it to 0
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -24,9 +24,25 @@ settings.register_profile(
 settings.load_profile("lamina")
 
 
+KERNELS_DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and KERNELS_DEVICE == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET=0"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels_device() -> Iterator[str]:
+    """Where Triton kernels run: what the test draws is there."""
+    with torch.device(KERNELS_DEVICE):
+        yield KERNELS_DEVICE
 
 
 @pytest.fixture

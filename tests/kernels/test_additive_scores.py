@@ -6,6 +6,8 @@ from lamina.kernels import additive_scores, use_backend
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+pytestmark = pytest.mark.usefixtures("kernels_device")
+
 # Off the kernels' block grid, shorter than a block, and longer: (B, Lq, Lk, H).
 SIZES = [(2, 3, 5, 7), (1, 1, 1, 1), (2, 37, 41, 13), (1, 67, 2, 53), (2, 0, 3, 5), (0, 2, 3, 5)]
 
@@ -78,10 +80,10 @@ def test_float64_keeps_its_precision(compare):
     compare(additive_scores, draw(2, 3, 5, 7, torch.float64))
 
 
-def test_autocast_brings_the_inputs_together():
+def test_autocast_brings_the_inputs_together(kernels_device):
     query, key, energy = draw(2, 3, 5, 7, torch.float32)
     for backend in "reference", "triton":
-        with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+        with torch.autocast(kernels_device, torch.bfloat16), use_backend(backend):
             assert additive_scores(query.bfloat16(), key.bfloat16(), energy).dtype is torch.bfloat16
 
 

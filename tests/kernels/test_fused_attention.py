@@ -4,7 +4,6 @@ On a CPU they run in Triton's interpreter; on a GPU, where TRITON_INTERPRET=0 is
 """
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from lamina.kernels import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="compiles the kernels: needs a CUDA device")
+pytestmark = pytest.mark.usefixtures("kernels_device")
 
 # B, heads of queries and of keys, Lq, Lk, D, Dv: off the tiles, shorter than one, and longer.
 SIZES = (2, 4, 2, 37, 53, 24, 16)
@@ -47,12 +45,6 @@ PAIRS = [
     for pair in itertools.combinations(FEATURES, 2)
     if pair not in SHARED and not (pair[0] in BIASES and pair[1] in BIASES)
 ]
-
-
-@pytest.fixture(autouse=True)
-def on_the_device():
-    with torch.device(DEVICE):
-        yield
 
 
 def draw(sizes, dtype: torch.dtype) -> list[Tensor]:
@@ -413,10 +405,10 @@ def test_thirty_backward_passes_are_equal():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-def test_autocast_casts_what_is_multiplied():
+def test_autocast_casts_what_is_multiplied(kernels_device):
     inputs = draw(SIZES, torch.float32)
     bias = torch.randn(4, 37, 53, requires_grad=True)
-    with torch.autocast(DEVICE, torch.bfloat16), use_backend("triton"):
+    with torch.autocast(kernels_device, torch.bfloat16), use_backend("triton"):
         out = dot_product_attention(*inputs, bias=bias)
     assert out.dtype is torch.bfloat16
     gradients = torch.autograd.grad(out, [*inputs, bias], torch.randn_like(out))
@@ -437,13 +429,13 @@ STARTS = torch.tensor([0, 5, 42, 42, 62]), torch.tensor([0, 7, 48, 51, 70])
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (9, 4)}, {"dropout": 0.2}], ids=str)
-def test_packed_sequences(options, compare):
+def test_packed_sequences(options, compare, kernels_device):
     query, key, value = draw(
         (1, 4, 2, 62, 70, 24, 16), torch.float64 if "dropout" in options else torch.float32
     )
     inputs = [t.detach()[0].transpose(0, 1).requires_grad_() for t in (query, key, value)]
     coefficients = (-torch.rand(4, dtype=query.dtype)).requires_grad_()
-    starts = [s.to(DEVICE) for s in STARTS]
+    starts = [s.to(kernels_device) for s in STARTS]
 
     def operation(query, key, value, coefficients):
         torch.manual_seed(5)
@@ -465,27 +457,17 @@ def test_packed_sequences(options, compare):
 
 
 @pytest.mark.gpu
-@needs_gpu
-def test_addresses_beyond_31_bits(compare):
-    sizes = (
-        2,
-        33,
-        33,
-        2**16,
-        16,
-        512 // 8,
-        64,
-    )  # 2 * 33 * 2^16 * 64 is beyond 2^32 bytes, and 2^31 with a row
-    query, key, value = (t.detach().bfloat16() for t in draw((16, *sizes[1:]), torch.float32))
+def test_addresses_beyond_31_bits():
+    shapes = (16, 33, 2**16, 64), (16, 33, 16, 64), (16, 33, 16, 64)  # of the queries 2.2e9 numbers
+    query, key, value = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
     with use_backend("triton"):
         out = dot_product_attention(query, key, value)
-    torch.testing.assert_close(
-        out[-1:], dot_product_attention(query[-1:], key[-1:], value[-1:]), atol=1e-2, rtol=1e-2
-    )
+    with use_backend("reference"):
+        expected = dot_product_attention(query[-1:], key[-1:], value[-1:])
+    torch.testing.assert_close(out[-1:], expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_twenty_lengths_compile_few_kernels():
     from lamina.kernels.fused._attention_forward import forward_kernel
 

@@ -1,7 +1,8 @@
 """Biases of attention scores that are made from few parameters, where they are wanted.
 
 Handed to `dot_product_attention` as `score_bias`, they are never written out by the fused kernel, and their
-gradient is that of the parameters. `dense` writes them out, for every other path.
+gradient is that of the parameters. `dense` writes them out, for every other path. No kernel of its own: a bias
+is a part of attention's.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ class DistanceBias:
     Args:
         coefficients: c, (H,) of floats; differentiable.
         power: p, 1 or 2.
+
+    Shape:
+        - of `dense`: (H, Lq, Lk)
 
     Raises:
         ValueError: `coefficients` is not a vector of floats, or `power` is neither.
@@ -73,6 +77,9 @@ class TableBias:
         query_positions: p, (Lq,) of int32 or int64.
         key_positions: r, likewise (Lk,). All differences must be in 0 … R - 1, which is not looked at: a look
             would wait for the device.
+
+    Shape:
+        - of `dense`: (H, Lq, Lk), or (1, Lq, Lk) of a table for all heads
 
     Raises:
         ValueError: `table` is not a matrix of floats, or the positions are not vectors of integers.

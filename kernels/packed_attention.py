@@ -2,9 +2,9 @@
 
     out[i] = dot_product_attention of i's own sequence
 
-Padding costs as much as tokens do: of sequences of any lengths, packed rows are all the work there is. No
-kernel of its own: that of dot-product attention takes packed rows, in one launch; elsewhere each sequence is
-one call.
+Padding costs as much as tokens do: of sequences of any lengths, packed rows are all the work there is.
+No kernel of its own: that of dot-product attention takes packed rows, in one launch; elsewhere each sequence
+is one call.
 """
 
 import itertools
@@ -89,8 +89,8 @@ def packed_attention(
             rise from 0 to N is looked at where they are read.
 
     Reference:
-        Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.2.1. That rows lie one after the other is
-        FlashAttention's form: Dao et al. FlashAttention. NeurIPS 2022, and its code.
+        Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.2.1. The packed form is that of
+        FlashAttention's code: Dao et al. NeurIPS 2022.
 
     Example:
         >>> tokens = torch.randn(7, 2, 8)  # of a sequence of three and one of four

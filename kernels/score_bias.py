@@ -1,8 +1,8 @@
 """Biases of attention scores that are made from few parameters, where they are wanted.
 
 Handed to `dot_product_attention` as `score_bias`, they are never written out by the fused kernel, and their
-gradient is that of the parameters. `dense` writes them out, for every other path. No kernel of its own: a bias
-is a part of attention's.
+gradient is that of the parameters. `dense` writes them out, for every other path. No kernel of its own: a
+bias is a part of attention's.
 """
 
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ def twice_differentiable(
     """
     if torch.compiler.is_compiling():
         return fast(*inputs)
-    if transforms := retrieve_all_functorch_interpreters():
-        return (fast if len(transforms) == 1 else definition)(*inputs)
+    if transforms := transformed():
+        return (fast if transforms == 1 else definition)(*inputs)
     tensors = [t for t in inputs if t is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return fast(*inputs)
@@ -41,6 +41,11 @@ def twice_differentiable(
     entered = _Enter.apply(passing, lambda *given: with_gaps(definition, given), *tensors)
     left: Tensor = _Leave.apply(passing, with_gaps(fast, entered))
     return left
+
+
+def transformed() -> int:
+    """Under how many transforms of `torch.func` this runs."""
+    return len(retrieve_all_functorch_interpreters())
 
 
 class _Replaced:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._second_order import twice_differentiable
+from ._second_order import transformed, twice_differentiable
+from ._tiled_attention import tiled_attention
 from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
 from .checks import check_bias, check_dropout, check_key_lengths, check_mask, check_window
 from .masking import band_mask, combine_masks, mask_of_lengths, masked_softmax, resolve_mask
@@ -23,6 +24,10 @@ from .score_bias import DistanceBias, ScoreBias, check_score_bias
 # Up to this length a CPU is faster with two plain matrix products than with SDPA's tiles; a causal forward
 # of 48 alone measured slower so (docs/benchmarks.md). Eager only: compiled, the branch would pin the length.
 SHORT = 48
+
+# From so many scores on, a CPU is faster by tiles where SDPA writes all of them out: with dropout, in forward
+# alone and with a backward pass; and with a bias that takes a gradient (docs/benchmarks.md).
+_TILED_DROPOUT, _TILED_TRAINING, _TILED_BIAS = 2**17, 2**21, 2**23
 
 Window = tuple[int | None, int | None]  # keys before a query's own place, and after it; None for all
 
@@ -73,6 +78,8 @@ def _refusals(
         and max(query.shape[-2], key.shape[-2]) <= SHORT
     ):
         refusals["torch"] = f"up to {SHORT} tokens two matrix products are faster on a CPU"
+    elif preferring and dropout and query.is_cpu and not _tiles_do(query, key, value, bias, dropout):
+        refusals["torch"] = "with dropout PyTorch writes all scores out on a CPU, as the definition does"
     return refusals
 
 
@@ -96,11 +103,13 @@ def dot_product_attention(
     Time O(Lq Lk D). Memory O(Lq Lk) in the definition, and O(Lq + Lk) in PyTorch's fused paths and in the
     kernel, which needs a (Lq, Lk) only for the gradient of a bias of that size, once for all batches that
     share it. PyTorch's paths write `score_bias`, `window` and `key_lengths` out as a bias and a mask; the
-    kernel never does, and skips what a window, a length or causality leaves out.
+    kernel never does, and skips what a window, a length or causality leaves out. On a CPU, tiles with a
+    backward pass of their own take dropout, and a bias that takes a gradient, from sizes on where they are
+    faster: they keep no (Lq, Lk) either.
 
-    Every path is differentiable twice: PyTorch's and the kernel's second derivatives are the definition's.
-    PyTorch's with dropout are as PyTorch has them. A forward-mode derivative takes the definition. On a CPU
-    all is deterministic, and the kernel is; on a GPU PyTorch's paths follow
+    Every path is differentiable twice: the second derivatives of PyTorch's, of the tiles and of the kernel
+    are the definition's. PyTorch's with dropout are as PyTorch has them. A forward-mode derivative takes the
+    definition. On a CPU all is deterministic, and the kernel is; on a GPU PyTorch's paths follow
     `torch.use_deterministic_algorithms`.
 
     Args:
@@ -128,7 +137,15 @@ def dot_product_attention(
     _check(query, key, value, mask, bias, score_bias, key_lengths, window, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     refusals = _refusals(
-        query, key, value, mask=mask, bias=bias, score_bias=score_bias, key_lengths=key_lengths, window=window
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        score_bias=score_bias,
+        key_lengths=key_lengths,
+        window=window,
+        dropout=dropout,
     )
     path = choose("dot_product_attention", refusals)
     if path == "triton":
@@ -147,6 +164,8 @@ def dot_product_attention(
 
     if path == "reference":
         return definition(query, key, value, bias)
+    if _tiles_do(query, key, value, bias, dropout):
+        return tiled_attention(query, key, value, mask, bias, is_causal, scale, dropout)
     if dropout:  # the definition would drop others
         return pytorch(query, key, value, bias)
     # One node of autograd, where PyTorch neither repeats heads nor pads them, and `_torch_path` adds nothing.
@@ -192,6 +211,18 @@ def attention_weights(
     return masked_softmax(
         scores, resolve_mask(mask, bias, is_causal, query.shape[-2], key.shape[-2], query.device)
     )
+
+
+def _tiles_do(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> bool:
+    """Whether on a CPU tiles with a backward pass of their own are faster than what SDPA does there."""
+    if not query.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed():
+        return False
+    inputs = [t for t in (query, key, value, bias) if t is not None]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if dropout:
+        return scores >= (_TILED_TRAINING if training else _TILED_DROPOUT)
+    return training and bias is not None and bias.requires_grad and scores >= _TILED_BIAS
 
 
 def written_out(

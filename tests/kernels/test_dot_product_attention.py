@@ -331,6 +331,56 @@ def test_a_backward_pass_lets_go_of_the_inputs(groups):
     assert out.grad_fn is not None
 
 
+TILES = {"_TILED_DROPOUT": 2 * 60 * 70, "_TILED_TRAINING": 2 * 60 * 70, "_TILED_BIAS": 2 * 60 * 70}
+
+
+@pytest.mark.parametrize(
+    ("trained", "dropout", "training", "tiled", "chosen"),
+    [
+        (True, 0.0, True, True, "torch"),
+        (True, 0.0, False, False, "torch"),
+        (False, 0.0, True, False, "torch"),
+        (False, 0.1, True, True, "torch"),
+        (False, 0.1, False, True, "torch"),
+    ],
+)
+@pytest.mark.parametrize("length", [60, 59])
+def test_tiles_of_a_cpu_take_what_pytorch_writes_out(
+    trained, dropout, training, tiled, chosen, length, monkeypatch
+):
+    calls = []
+    for name, scores in TILES.items():
+        monkeypatch.setattr(module, name, scores)
+    original = module.tiled_attention
+    monkeypatch.setattr(module, "tiled_attention", lambda *inputs: calls.append(1) or original(*inputs))
+    inputs = draw((1, 2, 1, length, 70, 4, 4), torch.float32)
+    bias = torch.randn(2, length, 70, requires_grad=trained)
+    with torch.set_grad_enabled(training):
+        out = dot_product_attention(*inputs, bias=bias, dropout=dropout)
+        found = explain(dot_product_attention, *inputs, bias=bias, dropout=dropout).chosen
+    tiled = tiled and length == 60
+    assert len(calls) == tiled
+    assert found == (chosen if tiled or not dropout else "reference")
+    if not dropout:
+        expected = module.dot_product_attention_reference(*inputs, bias=bias)
+        torch.testing.assert_close(out, expected)
+    for mode in torch.autocast("cpu", torch.bfloat16), torch.func.vmap:
+        if mode is torch.func.vmap:
+            mode(lambda q: dot_product_attention(q, *inputs[1:], bias=bias))(inputs[0][None])
+        else:
+            with mode:
+                dot_product_attention(*inputs, bias=bias)
+    assert len(calls) == tiled
+
+
+def test_dropout_of_tiles_keeps_the_mean_and_drops_its_part(monkeypatch):
+    monkeypatch.setattr(module, "_TILED_DROPOUT", 1)
+    query = key = torch.zeros(2, 3, 60, 8)
+    left = dot_product_attention(query, key, torch.eye(60).expand(2, 3, 60, 60), dropout=0.25) * 60
+    assert (left == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert left.mean().item() == pytest.approx(1, abs=0.03)
+
+
 def on_a_gpu(options) -> str:
     """What would be chosen there: fake tensors have the device, and nothing to compute with."""
     with FakeTensorMode():

@@ -62,7 +62,7 @@ GPU_SIZES = {
 }
 SIZES = GPU_SIZES if GPU else CPU_SIZES
 KINDS = {  # first what PyTorch is slow at: should the time run out, what is missing is the least news
-    "bias": "window-64 vit-197 bert-512",
+    "bias": "window-64 vit-197 bert-512 long-1k",
     "table": "window-64 bert-512 detr-850",
     "gaussian": "bert-512 long-4k",
     "alibi": "bert-512 long-4k",
@@ -71,7 +71,7 @@ KINDS = {  # first what PyTorch is slow at: should the time run out, what is mis
     "causal": "digits-17 window-48 window-64 vit-197 bert-512 long-4k long-8k long-16k",
     "plain": "digits-17 window-48 window-64 vit-197 vit-577 bert-512 detr-850 detr-100x850",
     "key mask": "digits-17 window-48 window-64 vit-197 bert-512 detr-850",
-    "dropout": "bert-512",
+    "dropout": "window-64 bert-512",
 }
 # On a GPU few sizes tell of float32, and of what PyTorch is made for.
 DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]

@@ -21,9 +21,9 @@ from .checks import check_bias, check_dropout, check_key_lengths, check_mask, ch
 from .masking import band_mask, combine_masks, mask_of_lengths, masked_softmax, resolve_mask
 from .score_bias import DistanceBias, ScoreBias, check_score_bias
 
-# Up to this length a CPU is faster with two plain matrix products than with SDPA's tiles; a causal forward
-# of 48 alone measured slower so (docs/benchmarks.md). Eager only: compiled, the branch would pin the length.
-SHORT = 48
+# Up to so many tokens two plain matrix products are faster on a CPU than SDPA's tiles (docs/benchmarks.md):
+# with a backward pass, with that and a mask, and in a forward pass alone, where with a mask SDPA always is.
+SHORT, _SHORT_MASKED, _SHORT_FORWARD = 48, 20, 32
 
 # From so many scores on, a CPU is faster by tiles where SDPA writes all of them out: with dropout, in forward
 # alone and with a backward pass; and with a bias that takes a gradient (docs/benchmarks.md).
@@ -71,13 +71,10 @@ def _refusals(
         )
     elif key.shape[-2] == 0:
         refusals["torch"] = "there is no key"
-    elif (
-        preferring
-        and not torch.compiler.is_compiling()
-        and query.device.type == "cpu"
-        and max(query.shape[-2], key.shape[-2]) <= SHORT
+    elif preferring and max(query.shape[-2], key.shape[-2]) <= (
+        short := _short(query, key, value, bias, is_causal or any(option is not None for option in special))
     ):
-        refusals["torch"] = f"up to {SHORT} tokens two matrix products are faster on a CPU"
+        refusals["torch"] = f"up to {short} tokens two matrix products are faster on a CPU"
     elif preferring and dropout and query.is_cpu and not _tiles_do(query, key, value, bias, dropout):
         refusals["torch"] = "with dropout PyTorch writes all scores out on a CPU, as the definition does"
     return refusals
@@ -145,6 +142,7 @@ def dot_product_attention(
         score_bias=score_bias,
         key_lengths=key_lengths,
         window=window,
+        is_causal=is_causal,
         dropout=dropout,
     )
     path = choose("dot_product_attention", refusals)
@@ -187,7 +185,7 @@ def dot_product_attention_reference(
     dropout: float = 0.0,
 ) -> Tensor:
     """The definition, in PyTorch: what every other path is tested against. Arguments as of the operation."""
-    weights = attention_weights(query, key, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
+    weights = attention_weights_reference(query, key, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
     weights = F.dropout(weights, dropout) if dropout else weights
     return weights.to(value.dtype) @ _repeat_heads(value, query.shape[1])
 
@@ -202,8 +200,32 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The weights of `dot_product_attention`, (B, H, Lq, Lk): a row sums to one, or to zero with no key."""
+    """The weights of `dot_product_attention`, (B, H, Lq, Lk): a row sums to one, or to zero with no key.
+
+    On a GPU a kernel writes them once; elsewhere they are the definition's. The gradient is its, too.
+    """
+    refusals = _refusals(query, key, key, mask=mask, bias=bias, score_bias=score_bias, window=(None, None))
+    refusals["torch"] = "PyTorch's fused attention gives no weights"
+    if forced_backend() != "torch" and choose("attention_weights", refusals) == "triton":
+        from .fused.attention_weights import attention_weights as fused
+
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key, _, mask, bias = _for_the_kernel(query, key, key, mask, bias)
+        return fused(query, key, mask, bias, *kernel_bias(score_bias), -1, 0 if is_causal else -1, scale)
     bias = with_score_bias(bias, score_bias, query, key.shape[-2])
+    return attention_weights_reference(query, key, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
+
+
+def attention_weights_reference(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition of `attention_weights`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale) @ _repeat_heads(key, query.shape[1]).transpose(-2, -1)
     if bias is not None:
@@ -213,12 +235,25 @@ def attention_weights(
     )
 
 
+def _short(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, masked: bool) -> int:
+    """Up to which length the definition is faster. Eager only: compiled, a branch would pin the length."""
+    if not query.is_cpu or torch.compiler.is_compiling():
+        return -1
+    if not _takes_gradients(query, key, value, bias):
+        return -1 if masked else _SHORT_FORWARD
+    trained = bias is not None and bias.requires_grad  # of which SDPA has no fused path
+    return _SHORT_MASKED if masked and not trained else SHORT
+
+
+def _takes_gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
 def _tiles_do(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> bool:
     """Whether on a CPU tiles with a backward pass of their own are faster than what SDPA does there."""
     if not query.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed():
         return False
-    inputs = [t for t in (query, key, value, bias) if t is not None]
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    training = _takes_gradients(query, key, value, bias)
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     if dropout:
         return scores >= (_TILED_TRAINING if training else _TILED_DROPOUT)
@@ -273,18 +308,14 @@ def _triton_path(
 ) -> Tensor:
     from .fused.dot_product_attention import attention
 
-    if torch.is_autocast_enabled(query.device.type):  # by hand: a registered operation gets no autocast
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if bias is not None:
-        bias = bias.expand(key.shape[-2]) if bias.ndim == 0 else bias.expand(*bias.shape[:-1], key.shape[-2])
+    query, key, value, mask, bias = _for_the_kernel(query, key, value, mask, bias)
     before, after = (-1 if bound is None else bound for bound in window or (None, None))
     return attention(
         query,
         key,
         value,
-        _in_four(mask),
-        _in_four(bias),
+        mask,
+        bias,
         *kernel_bias(score_bias),
         key_lengths,
         None,
@@ -311,8 +342,17 @@ def kernel_bias(
     return score_bias.table.contiguous(), of_queries, of_keys, None, 0
 
 
-def _in_four(cells: Tensor | None) -> Tensor | None:
-    return None if cells is None else cells.view(*[1] * (4 - cells.ndim), *cells.shape)
+def _for_the_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """In autocast's dtype, which a registered operation does not get; mask and bias of four dimensions."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if bias is not None:
+        bias = bias.expand(key.shape[-2]) if bias.ndim == 0 else bias.expand(*bias.shape[:-1], key.shape[-2])
+    mask, bias = (None if t is None else t.view(*[1] * (4 - t.ndim), *t.shape) for t in (mask, bias))
+    return query, key, value, mask, bias
 
 
 def _parameters(score_bias: ScoreBias | None) -> Tensor | None:

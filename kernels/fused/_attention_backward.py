@@ -14,23 +14,13 @@ from ._attention_tiles import (
     extent,
     kept,
     keys_of,
+    load_line,
+    load_mass,
     load_rows,
     queries_of,
     scores,
     store_rows,
 )
-
-
-@triton.jit
-def _load_line(x, b, h, first, rows, limit, other):
-    return tl.load(x.at + b * x.batch + h * x.head + first + rows, mask=rows < limit, other=other)
-
-
-@triton.jit
-def _load_mass(lse, b, h, first, rows, limit):
-    """The log masses; infinite where there is none, so that every weight is zero."""
-    mass = _load_line(lse, b, h, first, rows, limit, float("inf"))
-    return tl.where(mass == float("-inf"), float("inf"), mass)
 
 
 @triton.jit
@@ -87,9 +77,9 @@ def query_kernel(
         output = load_rows(out, b, h, first_query, i, queries, V_SIZE, V_BLOCK)
         row_delta = tl.sum(output.to(ACC) * d_out.to(ACC), 1)
         if d_lse is not None:
-            row_delta -= _load_line(d_lse, b, h, first_query, i, queries, 0.0).to(ACC) * LOG2E
+            row_delta -= load_line(d_lse, b, h, first_query, i, queries, 0.0).to(ACC) * LOG2E
         tl.store(delta.at + b * delta.batch + h * delta.head + first_query + i, row_delta, mask=i < queries)
-        mass = _load_mass(lse, b, h, first_query, i, queries)
+        mass = load_mass(lse, b, h, first_query, i, queries)
         d_query = tl.zeros((ROWS, BLOCK), ACC)
         d_coefficient = tl.zeros((ROWS,), ACC)
         start, full, full_stop, stop = keys_of(rules, i0, shift, taken, ROWS, COLUMNS)
@@ -131,7 +121,7 @@ def _walk_queries(
             dot(key, tl.trans(query), ACC, PRECISION), rules, b, h, i[None, :], j[:, None], shift, queries,
             taken, SCALE, POWER, EDGE, ACC,
         )  # fmt: skip
-        p = tl.exp2(s - _load_mass(lse, b, h, first_query, i, queries)[None, :])
+        p = tl.exp2(s - load_mass(lse, b, h, first_query, i, queries)[None, :])
         d_out = load_rows(grad, b, h, first_query, i, queries, V_SIZE, V_BLOCK)
         d_p = dot(value, tl.trans(d_out), ACC, PRECISION)
         left = p
@@ -140,7 +130,7 @@ def _walk_queries(
             left = tl.where(keep, p / (1 - dropout), 0.0)
             d_p = tl.where(keep, d_p / (1 - dropout), 0.0)
         d_value += dot(left.to(d_out.dtype), d_out, ACC, PRECISION)
-        d_s = p * (d_p - _load_line(delta, b, h, first_query, i, queries, 0.0)[None, :])
+        d_s = p * (d_p - load_line(delta, b, h, first_query, i, queries, 0.0)[None, :])
         d_key += dot(d_s.to(query.dtype), query, ACC, PRECISION)
         d_column += tl.sum(d_s, 1)
     return d_key, d_value, d_column
@@ -239,14 +229,14 @@ def bias_kernel(
                 dot(query, tl.trans(key), ACC, PRECISION), rules, b, h, i[:, None], j[None, :], shift,
                 queries, taken, SCALE, POWER, True, ACC,
             )  # fmt: skip
-            p = tl.exp2(s - _load_mass(lse, b, h, first_query, i, queries)[:, None])
+            p = tl.exp2(s - load_mass(lse, b, h, first_query, i, queries)[:, None])
             d_out = load_rows(grad, b, h, first_query, i, queries, V_SIZE, V_BLOCK)
             value = load_rows(v, b, kv, first_key, j, taken, V_SIZE, V_BLOCK)
             d_p = dot(d_out, tl.trans(value), ACC, PRECISION)
             if seed is not None:
                 keep = kept(seed, dropout, b * heads + h, i[:, None], j[None, :], longest_keys)
                 d_p = tl.where(keep, d_p / (1 - dropout), 0.0)
-            total += p * (d_p - _load_line(delta, b, h, first_query, i, queries, 0.0)[:, None])
+            total += p * (d_p - load_line(delta, b, h, first_query, i, queries, 0.0)[:, None])
     at = ((part * own_batches + own_b).to(tl.int64) * own_heads + own_h) * longest_queries + i[:, None]
     inside = (i[:, None] < longest_queries) & (j[None, :] < longest_keys)
     tl.store(d_cells + at * longest_keys + j[None, :], total, mask=inside)

@@ -112,6 +112,18 @@ def store_rows(x, b, h, first, rows, limit, values, SIZE: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def load_line(x, b, h, first, rows, limit, other):
+    return tl.load(x.at + b * x.batch + h * x.head + first + rows, mask=rows < limit, other=other)
+
+
+@triton.jit
+def load_mass(lse, b, h, first, rows, limit):
+    """The log masses; infinite where there is none, so that every weight is zero."""
+    mass = load_line(lse, b, h, first, rows, limit, float("inf"))
+    return tl.where(mass == float("-inf"), float("inf"), mass)
+
+
+@triton.jit
 def load_cells(x, b, h, i, j, inside):
     at = x.at + b * x.batch + h * x.head + i.to(tl.int64) * x.row + j.to(tl.int64) * x.column
     return tl.load(at, mask=inside, other=0)

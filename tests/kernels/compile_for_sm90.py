@@ -21,6 +21,7 @@ import torch
 import triton
 from lamina.kernels.fused import _attention_launch as launching
 from lamina.kernels.fused import dot_product_attention as fused
+from lamina.kernels.fused.attention_weights import attention_weights
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -35,6 +36,7 @@ FEATURES = {
     "dropout": {"mask": True, "dropout": 0.1},
     "windows": {"table": True, "length": 64},
     "packed": {"packed": True, "after": 0},
+    "weights": {"bias": True, "weights": True},
 }
 
 
@@ -103,6 +105,9 @@ def compile_all(dtype: torch.dtype, dim: int, length: int = 1024, **features) ->
         dropout,
         torch.zeros(1, dtype=torch.int64) if dropout else None,
     ]
+    if "weights" in features:  # of the value, the lengths and the dropout it has none
+        attention_weights._init_fn(*inputs[:2], *inputs[3:10], *inputs[14:17])
+        return
     out, lse = fused.attention._init_fn(*inputs)
     fused.attention_backward._init_fn(torch.empty_like(out), None, out, lse, [True] * 6, *inputs)
 

@@ -410,6 +410,29 @@ def test_the_rules_of_a_gpu(options, chosen):
     assert on_a_gpu(dict(options)) == chosen
 
 
+@pytest.mark.parametrize(
+    ("options", "training", "most"),
+    [
+        ({}, True, 48),
+        ({}, False, 32),
+        ({"is_causal": True}, True, 20),
+        ({"mask": torch.ones(1, dtype=torch.bool)}, True, 20),
+        ({"window": (3, 3)}, True, 20),
+        ({"is_causal": True}, False, -1),
+        ({"bias": torch.zeros(1)}, False, -1),
+        ({"bias": torch.zeros(1, requires_grad=True)}, True, 48),
+    ],
+    ids=str,
+)
+def test_short_sequences_of_a_cpu_take_the_definition(options, training, most):
+    for length in {1, max(most, 1), most + 2, 100}:
+        for queries, keys in (length, 1), (1, length):
+            inputs = draw((1, 1, 1, queries, keys, 4, 4))
+            with torch.set_grad_enabled(training):
+                chosen = explain(dot_product_attention, *inputs, **options).chosen
+            assert chosen == ("reference" if length <= most else "torch")
+
+
 def shapes(*given: tuple[int, ...]) -> list[Tensor]:
     return [torch.zeros(shape) for shape in given]
 

@@ -15,6 +15,7 @@ from lamina.kernels import (
     packed_attention,
     use_backend,
 )
+from lamina.kernels.dot_product_attention import attention_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -86,21 +87,31 @@ def widest(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def attend(names, sizes, dtype: torch.dtype):
-    """The operation with these features as a function of its differentiable inputs, and the inputs."""
-    inputs, makers = draw(sizes, dtype), []
+def features(names, sizes, dtype: torch.dtype):
+    """The differentiable inputs of these features, and how the operation's options are made from them."""
+    extras, makers = [], []
     for name in names:
         extra, make = feature(name, sizes, dtype)
         makers.append((len(extra), make))
-        inputs += extra
+        extras += extra
 
-    def operation(query, key, value, *extras):
-        rest, options = iter(extras), {}
+    def options(*given) -> dict:
+        rest, made = iter(given), {}
         for count, make in makers:
-            options |= make(*itertools.islice(rest, count))
-        return dot_product_attention(query, key, value, **options)
+            made |= make(*itertools.islice(rest, count))
+        return made
 
-    return operation, inputs
+    return extras, options
+
+
+def attend(names, sizes, dtype: torch.dtype):
+    """The operation with these features as a function of its differentiable inputs, and the inputs."""
+    extras, options = features(names, sizes, dtype)
+
+    def operation(query, key, value, *given):
+        return dot_product_attention(query, key, value, **options(*given))
+
+    return operation, [*draw(sizes, dtype), *extras]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -182,6 +193,35 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient(name):
     assert (out[blind[0], :, blind[1]] == 0).all()
     assert (gradients[0][blind[0], :, blind[1]] == 0).all()
     assert all(g.isfinite().all() for g in gradients)
+
+
+WEIGHED = [["mask"], ["full bias", "causal"], ["table"], ["Gaussian", "bias by key"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", WEIGHED, ids=" and ".join)
+def test_weights_are_written_by_a_kernel(names, dtype, compare):
+    """Nothing else runs: the definition is asked for their gradient alone."""
+    query, key, _ = draw(SIZES, dtype)
+    extras, options = features(names, SIZES, dtype)
+
+    def operation(query, key, *given):
+        return attention_weights(query, key, **options(*given))
+
+    compare(operation, [query, key, *extras], terms=TERMS)
+    with use_backend("triton"):
+        assert "attention_weights" in str(operation(query, key, *extras).grad_fn)
+
+
+def test_weights_are_registered_and_twice_differentiable():
+    from lamina.kernels.fused.attention_weights import attention_weights as fused
+
+    query, key, _ = draw((1, 2, 1, 3, 4, 8, 8), torch.float32)
+    bias = torch.randn(1, 2, 3, 4, requires_grad=True)
+    torch.library.opcheck(fused, [query, key, None, bias, None, None, None, None, 0, -1, 0, 0.3])
+    inputs = [t.detach().double()[..., :2].requires_grad_() for t in (query, key)]
+    with use_backend("triton"):
+        assert gradgradcheck(lambda *inputs: attention_weights(*inputs, is_causal=True), inputs)
 
 
 def test_a_bias_of_minus_infinity_excludes(compare):

@@ -23,7 +23,7 @@ ALLOWED = {
 CASES = [
     *((dtype, dim, FEATURES) for dtype in ("bfloat16", "float32") for dim in (64, 128)),
     ("bfloat16", 256, FEATURES),
-    ("bfloat16", 32, ("windows", "packed")),
+    ("bfloat16", 32, ("windows", "packed", "weights")),
     ("float16", 80, ("bias", "mask")),
     ("bfloat16", 8, ("plain",)),
     pytest.param("float32", 256, ("bias",), marks=pytest.mark.slow),
@@ -42,7 +42,8 @@ def test_compiles_for_hopper(dtype, dim, features):
     for feature in features:
         names = [k["kernel"] for k in compiled if k["feature"] == feature]
         own = ["bias_kernel"] if feature in ("bias", "table", "windows") else []
-        assert names == ["forward_kernel", "query_kernel", "key_kernel", *own]
+        expected = ["forward_kernel", "query_kernel", "key_kernel", *own]
+        assert names == (["forward_kernel", "weights_kernel"] if feature == "weights" else expected)
     for kernel in compiled:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["spilled"] <= ALLOWED.get((dtype, dim), 0), kernel

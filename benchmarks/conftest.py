@@ -11,6 +11,7 @@ Within one run the ratios are worth comparing; between machines nothing is.
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).parent / "results"
+# As in tests/conftest.py: transformers would take the root's `kernels` for a package of another make.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != RESULTS.resolve().parent.parent]
 PEERS = (
     "torch",
     "triton",

@@ -2,6 +2,8 @@
 its definition."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; a GPU run sets it to 0
 
@@ -23,6 +25,11 @@ settings.register_profile(
 )
 settings.load_profile("lamina")
 
+
+# `python -m pytest` puts the root on the path, where `kernels` would be the package that transformers looks for:
+# it would import ours a second time, under that name, and register every operation again.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 KERNELS_DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lamina.blocks import Encoder
 from lamina.layers import AdditiveAttention, KeyValueCache, MultiHeadAttention
+from lamina.layers._heads import split_heads
 from lamina.models import create_model
 from lamina.viz import AttentionRecord, attention_rollout, capture_attention
 from torch import Tensor, nn
@@ -238,7 +239,7 @@ def test_multi_head_attention():
     assert weights.shape == (2, 3, 5, 7)
     torch.testing.assert_close(weights, attention.weights(query, key, **options))
     # These are the weights that the fused path applies.
-    values = attention._split(attention.value(value), 3)
+    values = split_heads(attention.value(value), 3)
     heads = (weights @ values).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention.eval()(query, key, value, **options), attention.out(heads))
 

@@ -26,8 +26,8 @@ settings.register_profile(
 settings.load_profile("lamina")
 
 
-# `python -m pytest` puts the root on the path, where `kernels` would be the package that transformers looks for:
-# it would import ours a second time, under that name, and register every operation again.
+# `python -m pytest` puts the root on the path, where `kernels` would be the package that transformers looks
+# for: it would import ours a second time, under that name, and register every operation again.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 # By bits of a number, then by the greatest head size of an entry: tiles, and those where dropout takes
-# registers. Chosen from what the compiler reports for sm_90 (tests/kernels/test_sm90.py): the largest that
+# registers. Chosen from what the compiler reports for sm_90 (tests/kernels/test_fused_attention_sm90.py): the largest that
 # spill nothing, or little. Which of those is the fastest, a GPU has yet to tell.
 _TILES: dict[str, dict[int, dict[int, tuple[Tiles, Tiles]]]] = {
     "forward": {
@@ -194,19 +194,14 @@ class Launch:
         # Three products of TF32 are as exact as one of float32 but for an ulp or two, and on tensor cores.
         precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
         with torch.cuda.device_of(self.query):
-            launch(
-                kernel, programs, *arguments, self.rules, self.seed, self.dropout,
+            kernel[(programs,)](
+                *arguments, self.rules, self.seed, self.dropout,
                 *((self.batches,) if own else ()), self.heads, self.heads // self.key_heads, self.queries,
                 self.keys, *own, SIZE=size, V_SIZE=v_size, BLOCK=_block(size), V_BLOCK=_block(v_size),
                 ROWS=tile.rows, COLUMNS=tile.columns, SCALE=self.scale, POWER=self.power,
                 ACC=tl.float64 if exact else tl.float32, PRECISION=precision, num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
-
-
-def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """The one place where an attention kernel is started; a test puts the compiler alone in its place."""
-    kernel[(programs,)](*arguments, **options)
 
 
 def cells(tensor: Tensor) -> Cells:

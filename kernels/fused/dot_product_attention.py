@@ -20,7 +20,7 @@ from ..masking import band_mask, combine_masks, mask_of_lengths, masked_softmax
 from ..score_bias import DistanceBias, TableBias
 from ._attention_backward import bias_kernel, key_kernel, query_kernel
 from ._attention_forward import forward_kernel, kept_kernel
-from ._attention_launch import Launch, cells, launch, per_head
+from ._attention_launch import Launch, cells, per_head
 
 
 @torch.library.custom_op("lamina::attention", mutates_args=())
@@ -202,10 +202,9 @@ def kept_weights(seed: Tensor, dropout: float, shape: Sequence[int], longest_key
     tile = triton.cdiv(queries, 32) * triton.cdiv(keys, 32)
     if out.numel():
         with torch.cuda.device_of(seed):
-            launch(
-                kept_kernel, tile * batch * heads, out.view(torch.uint8), seed, dropout, first, queries, keys,
-                longest_keys, BLOCK=32,
-            )  # fmt: skip
+            kept_kernel[(tile * batch * heads,)](
+                out.view(torch.uint8), seed, dropout, first, queries, keys, longest_keys, BLOCK=32
+            )
     return out
 
 

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 # By bits of a number, then by the greatest head size of an entry: tiles, and those where dropout takes
-# registers. Chosen from what the compiler reports for sm_90 (tests/kernels/test_fused_attention_sm90.py): the largest that
+# registers. Chosen from what the compiler reports for sm_90 (test_fused_attention_sm90.py): the largest that
 # spill nothing, or little. Which of those is the fastest, a GPU has yet to tell.
 _TILES: dict[str, dict[int, dict[int, tuple[Tiles, Tiles]]]] = {
     "forward": {

@@ -1,11 +1,11 @@
-"""Compiles Triton kernels as calls would, for a GPU that is not there; prints what came out, a JSON line each.
+"""Compiles Triton kernels as calls would, for a GPU that is not there; prints a JSON line for each.
 
     python compile.py FILE CASE ...
 
 FILE is beside this one and has `CASES`, functions by name that call operations of `lamina.kernels.fused`. It
-runs as a process of its own, because Triton decides at its import whether it interprets. The driver is a stand-in
-that names the target, and every launch ends with the compiler: nothing runs, so tensors may be on a CPU, and what
-an operation gives is memory as it was found.
+runs as a process of its own, because Triton decides at its import whether it interprets. The driver is a
+stand-in that names the target, and every launch ends with the compiler: nothing runs, so tensors may be on a
+CPU, and what an operation gives is memory as it was found.
 """
 
 import json

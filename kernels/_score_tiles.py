@@ -135,3 +135,9 @@ def strike_out(weights: Tensor, kept: Tensor) -> Tensor:
 def wide_dtype(t: Tensor) -> torch.dtype:
     """What is computed in: float32, or float64 where the input is."""
     return torch.promote_types(t.dtype, torch.float32)
+
+
+def like_tokens(heads: Tensor, size: int) -> Tensor:
+    """(B, H, L, size), unwritten, in whose memory the heads of a token lie side by side."""
+    batch, n_heads, length, _ = heads.shape
+    return heads.new_empty(batch, length, n_heads, size).transpose(1, 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._score_tiles import Drops, blocks, strike_out, wide_dtype
+from ._score_tiles import Drops, blocks, like_tokens, strike_out, wide_dtype
 from .masking import causal_mask, combine_masks, masked_softmax, resolve_mask
 
 
@@ -62,7 +62,7 @@ def attention(
     seed: Tensor | None,
 ) -> Tensor:
     """As `tiled_attention`, with mask and bias in four dimensions, and a seed (1,) where there is dropout."""
-    out = _like_tokens(query, value.shape[3])
+    out = like_tokens(query, value.shape[3])
     if _fused_takes(query, key, value, mask, bias, is_causal, seed):
         added = _added(query, key, mask, bias, is_causal)
         last = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -84,7 +84,7 @@ def attention(
 
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return _like_tokens(query, value.shape[3])
+    return like_tokens(query, value.shape[3])
 
 
 @torch.library.custom_op("lamina::tiled_attention_backward", mutates_args=())
@@ -103,7 +103,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; of what is not `needed`, nothing to read."""
     of_query, of_key, of_value, of_bias = needed
-    d_query, d_key, d_value = (_like_tokens(t, t.shape[3]) for t in (query, key, value))
+    d_query, d_key, d_value = (like_tokens(t, t.shape[3]) for t in (query, key, value))
     d_bias = (
         torch.zeros_like(bias, dtype=wide_dtype(query))
         if bias is not None and of_bias
@@ -146,7 +146,7 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(grad: Tensor, needed: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
     query, key, value, _, bias = inputs[:5]
-    d_query, d_key, d_value = (_like_tokens(t, t.shape[3]) for t in (query, key, value))
+    d_query, d_key, d_value = (like_tokens(t, t.shape[3]) for t in (query, key, value))
     return d_query, d_key, d_value, torch.empty_like(bias) if needed[3] else query.new_empty(0)
 
 
@@ -229,9 +229,3 @@ def _added(
         return bias
     zero = query.new_zeros(())
     return torch.where(taking_part, zero if bias is None else bias, -torch.inf)
-
-
-def _like_tokens(heads: Tensor, size: int) -> Tensor:
-    """(B, H, L, size), unwritten, in whose memory the heads of a token lie side by side."""
-    batch, n_heads, length, _ = heads.shape
-    return heads.new_empty(batch, length, n_heads, size).transpose(1, 2)

@@ -51,16 +51,10 @@ def _refusals(
     tensors = [query, key, value, *(t for t in (bias, _parameters(score_bias)) if t is not None)]
     preferring = forced_backend() is None  # a preference gives way to a wish
     special = [mask, bias, score_bias, key_lengths, window]
-    if (reason := triton_refusal(*tensors)) is not None:
+    masked = is_causal or any(option is not None for option in special)
+    short = _short(query, key, value, bias, masked)
+    if (reason := kernel_refusal(query, value, *tensors)) is not None:
         refusals["triton"] = reason
-    elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        refusals["triton"] = f"the kernel has no {query.dtype}"
-    elif max(query.shape[-1], value.shape[-1]) > 256:
-        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {query.shape[-1]}"
-    elif preferring and query.dtype is torch.float64:
-        refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
-    elif preferring and query.dtype is torch.float32 and max(query.shape[-1], value.shape[-1]) > 128:
-        refusals["triton"] = "float32 heads wider than 128 overflow the registers in the kernel"
     elif preferring and all(option is None for option in special):
         refusals["triton"] = (
             "plain, causal and grouped attention is what PyTorch's own kernels are fastest at"
@@ -71,13 +65,27 @@ def _refusals(
         )
     elif key.shape[-2] == 0:
         refusals["torch"] = "there is no key"
-    elif preferring and max(query.shape[-2], key.shape[-2]) <= (
-        short := _short(query, key, value, bias, is_causal or any(option is not None for option in special))
-    ):
+    elif preferring and short is not None and max(query.shape[-2], key.shape[-2]) <= short:
         refusals["torch"] = f"up to {short} tokens two matrix products are faster on a CPU"
     elif preferring and dropout and query.is_cpu and not _tiles_do(query, key, value, bias, dropout):
         refusals["torch"] = "with dropout PyTorch writes all scores out on a CPU, as the definition does"
     return refusals
+
+
+def kernel_refusal(query: Tensor, value: Tensor, *tensors: Tensor) -> str | None:
+    """Why the attention kernel does not run, whatever the options; `tensors` are all that have gradients."""
+    width = max(query.shape[-1], value.shape[-1])
+    if (reason := triton_refusal(*tensors)) is not None:
+        return reason
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"the kernel has no {query.dtype}"
+    if width > 256:
+        return f"heads are at most 256 wide in the kernel, these {width}"
+    if forced_backend() is None and query.dtype is torch.float64:
+        return "of float64 the kernel is made for tests, in small tiles"
+    if forced_backend() is None and query.dtype is torch.float32 and width > 128:
+        return "float32 heads wider than 128 overflow the registers in the kernel"
+    return None
 
 
 @operation(_refusals)
@@ -210,7 +218,8 @@ def attention_weights(
         from .fused.attention_weights import attention_weights as fused
 
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        query, key, _, mask, bias = _for_the_kernel(query, key, key, mask, bias)
+        query, key = as_autocast(query, key)
+        mask, bias = _in_four_dimensions(mask, bias, key.shape[-2])
         return fused(query, key, mask, bias, *kernel_bias(score_bias), -1, 0 if is_causal else -1, scale)
     bias = with_score_bias(bias, score_bias, query, key.shape[-2])
     return attention_weights_reference(query, key, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
@@ -235,12 +244,12 @@ def attention_weights_reference(
     )
 
 
-def _short(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, masked: bool) -> int:
+def _short(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, masked: bool) -> int | None:
     """Up to which length the definition is faster. Eager only: compiled, a branch would pin the length."""
     if not query.is_cpu or torch.compiler.is_compiling():
-        return -1
+        return None
     if not _takes_gradients(query, key, value, bias):
-        return -1 if masked else _SHORT_FORWARD
+        return None if masked else _SHORT_FORWARD
     trained = bias is not None and bias.requires_grad  # of which SDPA has no fused path
     return _SHORT_MASKED if masked and not trained else SHORT
 
@@ -279,9 +288,9 @@ def written_out(
 def with_score_bias(
     bias: Tensor | None, score_bias: ScoreBias | None, query: Tensor, keys: int
 ) -> Tensor | None:
+    """`bias` and what `score_bias` writes out, in the dtype of the scores."""
     if score_bias is None:
         return bias
-    """`bias` and what `score_bias` writes out, in the dtype of the scores."""
     batch, heads, queries, _ = query.shape
     check_bias(bias, (batch, heads, queries, keys))
     check_score_bias(score_bias, (heads, queries, keys))
@@ -308,7 +317,8 @@ def _triton_path(
 ) -> Tensor:
     from .fused.dot_product_attention import attention
 
-    query, key, value, mask, bias = _for_the_kernel(query, key, value, mask, bias)
+    query, key, value = as_autocast(query, key, value)
+    mask, bias = _in_four_dimensions(mask, bias, key.shape[-2])
     before, after = (-1 if bound is None else bound for bound in window or (None, None))
     return attention(
         query,
@@ -342,17 +352,22 @@ def kernel_bias(
     return score_bias.table.contiguous(), of_queries, of_keys, None, 0
 
 
-def _for_the_kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """In autocast's dtype, which a registered operation does not get; mask and bias of four dimensions."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """In autocast's dtype, which a registered operation does not get by itself."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+def _in_four_dimensions(
+    mask: Tensor | None, bias: Tensor | None, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The bias as wide as the keys are many: so the kernel's gradient of it is."""
     if bias is not None:
-        bias = bias.expand(key.shape[-2]) if bias.ndim == 0 else bias.expand(*bias.shape[:-1], key.shape[-2])
+        bias = bias.expand(keys) if bias.ndim == 0 else bias.expand(*bias.shape[:-1], keys)
     mask, bias = (None if t is None else t.view(*[1] * (4 - t.ndim), *t.shape) for t in (mask, bias))
-    return query, key, value, mask, bias
+    return mask, bias
 
 
 def _parameters(score_bias: ScoreBias | None) -> Tensor | None:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Refusals, choose, forced_backend, operation, triton_refusal
+from .backend import Refusals, choose, operation
 from .checks import check_dropout, check_window
 from .dot_product_attention import (
     Window,
+    as_autocast,
     dot_product_attention,
     dot_product_attention_reference,
     kernel_bias,
+    kernel_refusal,
     written_out,
 )
 from .score_bias import DistanceBias
@@ -30,18 +32,8 @@ def _refusals(query: Tensor, key: Tensor, value: Tensor, *starts: Tensor, **opti
     refusals: Refusals = {}
     score_bias = options.get("score_bias")
     tensors = [query, key, value, *([] if score_bias is None else [score_bias.coefficients])]
-    if (reason := triton_refusal(*tensors)) is not None:
+    if (reason := kernel_refusal(query, value, *tensors)) is not None:
         refusals["triton"] = reason
-    elif max(query.shape[-1], value.shape[-1]) > 256:
-        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {query.shape[-1]}"
-    elif forced_backend() is None and query.dtype is torch.float64:
-        refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
-    elif (
-        forced_backend() is None
-        and query.dtype is torch.float32
-        and max(query.shape[-1], value.shape[-1]) > 128
-    ):
-        refusals["triton"] = "float32 heads wider than 128 overflow the registers in the kernel"
     return refusals
 
 
@@ -155,9 +147,7 @@ def _triton_path(
 ) -> Tensor:
     from .fused.dot_product_attention import attention
 
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = as_autocast(query, key, value)
     before, after = (-1 if bound is None else bound for bound in window or (None, None))
     out, _ = attention(
         *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)),
@@ -209,6 +199,10 @@ def _check(
         raise ValueError(
             "expected query (N, H, D), key (M, G, D) and value (M, G, Dv) where G divides H, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
     for name, starts in ("query_starts", query_starts), ("key_starts", key_starts):
         if (

@@ -21,58 +21,34 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By bits of a number, then by the greatest head size of an entry: tiles, and those where dropout takes
-# registers. Chosen from what the compiler reports for sm_90 (test_fused_attention_sm90.py): the largest that
-# spill nothing, or little. Which of those is the fastest, a GPU has yet to tell.
-_TILES: dict[str, dict[int, dict[int, tuple[Tiles, Tiles]]]] = {
+# By kernel, bits of a number, and greatest head size. Chosen from what the compiler reports for sm_90
+# (test_fused_attention_sm90.py): the largest that spill nothing, or little. Which of those is the fastest, a
+# GPU has yet to tell.
+_TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
-        16: {
-            64: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-            128: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-            256: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
-        },
-        32: {
-            64: (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
-            128: (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-            256: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        },
+        16: {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        32: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "query": {
-        16: {
-            64: (Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2)),
-            128: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
-            256: (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        },
-        32: {
-            64: (Tiles(64, 16, 8, 1), Tiles(64, 16, 8, 1)),
-            128: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-            256: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        },
+        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        32: {64: Tiles(64, 16, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "key": {
-        16: {
-            64: (Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 1)),
-            128: (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1)),
-            256: (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        },
-        32: {
-            64: (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-            128: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-            256: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        },
+        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        32: {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "bias": {
-        16: {
-            64: (Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
-            128: (Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
-            256: (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-        },
-        32: {
-            64: (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-            128: (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
-            256: (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
-        },
+        16: {64: Tiles(64, 64, 8, 1), 128: Tiles(64, 64, 8, 1), 256: Tiles(64, 32, 8, 1)},
+        32: {64: Tiles(64, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
     },
+}
+
+# Dropout takes registers: in place of the above where those would spill.
+_TILES_WITH_DROPOUT = {
+    ("forward", 16, 64): Tiles(64, 64, 4, 2),
+    ("query", 16, 64): Tiles(64, 32, 8, 2),
+    ("key", 16, 64): Tiles(32, 64, 8, 1),
+    ("key", 16, 128): Tiles(32, 32, 8, 1),
 }
 
 
@@ -82,7 +58,10 @@ def tiles(
     """The configuration of a kernel: a table, never tuned at run time. float64 is for tests."""
     bits = min(torch.finfo(dtype).bits, 32)
     by_size = _TILES[kernel][bits]
-    found = by_size[next(size for size in by_size if head_dim <= size)][dropout]
+    size = next(size for size in by_size if head_dim <= size)
+    found = by_size[size]
+    if dropout:
+        found = _TILES_WITH_DROPOUT.get((kernel, bits, size), found)
     # Short sequences have shorter tiles, of at least what a tensor core takes.
     rows = min(found.rows, max(16, triton.next_power_of_2(queries)))
     columns = min(found.columns, max(16, triton.next_power_of_2(keys)))
@@ -133,7 +112,7 @@ class Launch:
         rules = Rules(
             mask=None if mask is None else cells(mask),
             bias=None if bias is None else cells(bias),
-            table=None if table is None else Table(table, table.stride(0), query_positions, key_positions),
+            table=None if table is None else _table(table, query_positions, key_positions),
             coefficients=coefficients,
             key_lengths=key_lengths,
             query_starts=query_starts,
@@ -216,6 +195,10 @@ def per_head(tensor: Tensor) -> Line:
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _table(table: Tensor, query_positions: Tensor | None, key_positions: Tensor | None) -> Table:
+    return Table(table, 0 if len(table) == 1 else table.stride(0), query_positions, key_positions)
 
 
 def _block(size: int) -> int:

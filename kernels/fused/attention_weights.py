@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._attention_launch import Launch, cells
 from ._attention_tiles import dot, extent, load_mass, load_rows, scores
+from ._saved import save, saved
 from .dot_product_attention import attention, definition
 
 # What `attention` takes besides.
@@ -100,13 +101,12 @@ def _(query: Tensor, key: Tensor, *options: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.others = [None if isinstance(given, Tensor) else given for given in inputs]
-    ctx.save_for_backward(*(given if isinstance(given, Tensor) else None for given in inputs))
+    save(ctx, inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The definition's: whoever takes a gradient of the weights has all of them in memory anyway."""
-    inputs = [t if t is not None else o for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    inputs, _ = saved(ctx)
     wanted = [n for n, needed in enumerate(ctx.needs_input_grad) if needed]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -16,11 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from .._score_tiles import like_tokens
 from ..masking import band_mask, combine_masks, mask_of_lengths, masked_softmax
 from ..score_bias import DistanceBias, TableBias
 from ._attention_backward import bias_kernel, key_kernel, query_kernel
 from ._attention_forward import forward_kernel, kept_kernel
 from ._attention_launch import Launch, cells, per_head
+from ._saved import save, saved
 
 
 @torch.library.custom_op("lamina::attention", mutates_args=())
@@ -72,7 +74,7 @@ def attention(
         query, key, value, mask, bias, table, query_positions, key_positions, coefficients, power,
         key_lengths, query_starts, key_starts, longest, before, after, scale, dropout, seed,
     )  # fmt: skip
-    out, lse = _like_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=call.wide)
+    out, lse = like_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=call.wide)
     tile = call.tiles("forward")
     programs = triton.cdiv(call.queries, tile.rows) * call.heads * call.batches
     call.run(forward_kernel, programs, tile, *call.inputs(), call.rows(out), call.line(lse))
@@ -82,7 +84,7 @@ def attention(
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return _like_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=wide)
+    return like_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=wide)
 
 
 @torch.library.custom_op("lamina::attention_backward", mutates_args=())
@@ -118,7 +120,7 @@ def attention_backward(
         key_lengths, query_starts, key_starts, longest, before, after, scale, dropout, seed,
     )  # fmt: skip
     _, of_key, of_value, of_bias, of_table, of_coefficients = needed
-    d_query, d_key, d_value = (_like_tokens(t, t.shape[3]) for t in (query, key, value))
+    d_query, d_key, d_value = (like_tokens(t, t.shape[3]) for t in (query, key, value))
     delta = torch.empty_like(lse)
     shape = (call.batches, call.heads, call.queries, call.keys)
 
@@ -132,12 +134,13 @@ def attention_backward(
 
     tile = call.tiles("query")
     n_tiles = triton.cdiv(call.queries, tile.rows)
-    d_coefficients = zeros(*shape[:2], n_tiles)
+    d_coefficients = zeros(*shape[:2], n_tiles) if power else None
     lines = (call.line(lse), call.line(delta))
     call.run(
         query_kernel, n_tiles * call.heads * call.batches, tile, *call.inputs(), call.rows(out),
         call.rows(grad), lines[0], None if grad_lse is None else call.line(grad_lse), lines[1],
-        call.rows(d_query), None if d_cells is None else cells(d_cells), per_head(d_coefficients),
+        call.rows(d_query), None if d_cells is None else cells(d_cells),
+        None if d_coefficients is None else per_head(d_coefficients),
     )  # fmt: skip
     if of_key or of_value or by_key:
         tile = call.tiles("key")
@@ -177,11 +180,10 @@ def attention_backward(
         d_table = zeros(table.shape[1], table.shape[0])
         d_table.index_put_((at.flatten(),), by_place.flatten(1).t(), accumulate=True)
         d_table = d_table.t().to(table.dtype).contiguous()
-    if of_coefficients and coefficients is not None:
-        d_coefficients = d_coefficients.sum((0, 2)).to(coefficients.dtype)
-    else:
-        d_coefficients = query.new_empty(0)
-    return d_query, d_key, d_value, d_bias, d_table, d_coefficients
+    of_heads = query.new_empty(0)
+    if of_coefficients and coefficients is not None and d_coefficients is not None:
+        of_heads = d_coefficients.sum((0, 2)).to(coefficients.dtype)
+    return d_query, d_key, d_value, d_bias, d_table, of_heads
 
 
 @attention_backward.register_fake
@@ -189,7 +191,7 @@ def _(
     grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *inputs: Any
 ) -> tuple[Tensor, ...]:
     query, key, value, _, bias, table, _, _, coefficients = inputs[:9]
-    of_tokens = (_like_tokens(t, t.shape[3]) for t in (query, key, value))
+    of_tokens = (like_tokens(t, t.shape[3]) for t in (query, key, value))
     rest = zip(needed[3:], (bias, table, coefficients), strict=True)
     return (*of_tokens, *(t.new_empty(t.shape) if wanted else query.new_empty(0) for wanted, t in rest))
 
@@ -286,18 +288,12 @@ def _of_sequence(cells: Tensor | None, n: int, queries: int, keys: int) -> Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [n for n, given in enumerate(inputs) if given is None or isinstance(given, Tensor)]
-    ctx.places = tensors
-    ctx.others = [None if n in tensors else given for n, given in enumerate(inputs)]
-    ctx.save_for_backward(*(inputs[n] for n in tensors), *output)
+    save(ctx, inputs, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    inputs = list(ctx.others)
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        inputs[place] = tensor
+    inputs, (out, lse) = saved(ctx)
     gradients: list[Tensor | None] = [None] * len(inputs)
     differentiable = [0, 1, 2, 4, 5, 8]  # query, key, value, bias, table, coefficients
     if torch.is_grad_enabled():  # create_graph: a second derivative is wanted, which the definition has
@@ -325,9 +321,3 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _like_tokens(heads: Tensor, size: int) -> Tensor:
-    """(B, H, L, size), in whose memory the heads of a token lie side by side, as a projection takes them."""
-    batch, n_heads, length, _ = heads.shape
-    return heads.new_empty(batch, length, n_heads, size).transpose(1, 2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import DistanceBias, dot_product_attention, explain, use_backend
+from lamina.kernels import DistanceBias, dot_product_attention, explain, packed_attention, use_backend
 from lamina.kernels.dot_product_attention import attention_weights
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -408,6 +408,34 @@ def test_the_rules_of_a_gpu(options, chosen):
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     assert on_a_gpu(dict(options)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "message"),
+    [
+        (torch.float16, (64, 257), "at most 256 wide in the kernel, these 257"),
+        (torch.float64, (64, 64), "float64 the kernel is made for tests"),
+        (torch.float32, (160, 64), "float32 heads wider than 128"),
+        (torch.float8_e4m3fn, (64, 64), "the kernel has no torch.float8_e4m3fn"),
+        (torch.float16, (256, 256), None),
+        (torch.float32, (128, 128), None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_the_kernel_of_a_gpu_refuses(dtype, widths, message, packed):
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    with FakeTensorMode():
+        shapes = [(9, 2, width) if packed else (1, 2, 9, width) for width in (widths[0], *widths)]
+        inputs = [torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes]
+        if packed:
+            starts = torch.empty(2, device="cuda", dtype=torch.int32)
+            refusals = explain(packed_attention, *inputs, starts).refusals
+        else:
+            refusals = explain(dot_product_attention, *inputs, window=(3, 3)).refusals
+    assert ("triton" in refusals) == (message is not None)
+    assert message is None or message in refusals["triton"]
 
 
 @pytest.mark.parametrize(

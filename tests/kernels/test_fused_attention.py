@@ -32,6 +32,7 @@ FEATURES = (
     "bias by key",
     "one bias",
     "table",
+    "one table",
     "ALiBi",
     "Gaussian",
     "lengths",
@@ -40,11 +41,9 @@ FEATURES = (
     "one side",
 )
 BIASES = {"full bias": (1, 1, 1), "bias by head": (0, 1, 1), "bias by key": (1, 0, 0), "one bias": (0, 0, 1)}
-SHARED = {("ALiBi", "Gaussian"), ("table", "ALiBi"), ("table", "Gaussian"), ("window", "one side")}
+ALONE = [{"table", "one table", "ALiBi", "Gaussian"}, {"window", "one side"}, {*BIASES}]  # one of each
 PAIRS = [
-    pair
-    for pair in itertools.combinations(FEATURES, 2)
-    if pair not in SHARED and not (pair[0] in BIASES and pair[1] in BIASES)
+    pair for pair in itertools.combinations(FEATURES, 2) if not any(set(pair) <= alone for alone in ALONE)
 ]
 
 
@@ -64,8 +63,8 @@ def feature(name: str, sizes, dtype: torch.dtype):
         shape = [n if own else 1 for n, own in zip(sizes[:2], BIASES[name], strict=False)]
         shape += [queries if BIASES[name][2] else 1, keys]
         return [torch.randn(shape, dtype=dtype, requires_grad=True)], lambda bias: {"bias": bias}
-    if name == "table":
-        table = torch.randn(heads, queries + keys, dtype=dtype, requires_grad=True)
+    if name in ("table", "one table"):
+        table = torch.randn(heads if name == "table" else 1, queries + keys, dtype=dtype, requires_grad=True)
         places = torch.arange(queries) + keys - 1, torch.arange(keys)
         return [table], lambda table: {"score_bias": TableBias(table, *places)}
     if name in ("ALiBi", "Gaussian"):
@@ -162,9 +161,9 @@ def random_case(seed: int):
     sizes = (one_of(1, 2, 3), heads, groups, *lengths, *dims)
     dtype = one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16)
     names = [n for n in FEATURES if torch.rand((), device="cpu") < 0.25]
-    names = [n for n in names if not any((m, n) in SHARED for m in names)]
-    biases = [n for n in names if n in BIASES]
-    return [n for n in names if n not in biases[1:]], sizes, dtype
+    for alone in ALONE:
+        names = [n for n in names if n not in [m for m in names if m in alone][1:]]
+    return names, sizes, dtype
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient(name):
     assert all(g.isfinite().all() for g in gradients)
 
 
-WEIGHED = [["mask"], ["full bias", "causal"], ["table"], ["Gaussian", "bias by key"]]
+WEIGHED = [["mask"], ["full bias", "causal"], ["table"], ["one table"], ["Gaussian", "bias by key"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -505,18 +504,3 @@ def test_addresses_beyond_31_bits():
     with use_backend("reference"):
         expected = dot_product_attention(query[-1:], key[-1:], value[-1:])
     torch.testing.assert_close(out[-1:], expected, atol=2e-2, rtol=2e-2)
-
-
-@pytest.mark.gpu
-def test_twenty_lengths_compile_few_kernels():
-    from lamina.kernels.fused._attention_forward import forward_kernel
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
-
-    before = compiled()
-    for length in range(129, 149):
-        query, key, value = draw((1, 2, 2, length, length, 64, 64), torch.float16)
-        with use_backend("triton"):
-            dot_product_attention(query, key, value, is_causal=True)
-    assert compiled() - before <= 4  # strides that sixteen divides, or does not

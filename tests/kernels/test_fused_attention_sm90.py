@@ -38,3 +38,11 @@ def test_compiles_for_hopper(for_sm90, dtype, dim, features):
     for kernel in compiled:
         assert kernel["atomics"] == 0, kernel  # every run gives the same
         assert dtype == "float64" or kernel["tensor_cores"] > 0, kernel
+
+
+def test_twenty_lengths_compile_few_kernels(for_sm90):
+    compiled = for_sm90("dot_product_attention.py", "twenty lengths")
+    for name in ("forward_kernel", "query_kernel", "key_kernel"):
+        of_kernel = [k["hash"] for k in compiled if k["kernel"] == name]
+        assert len(of_kernel) == 20
+        assert len(set(of_kernel)) <= 4  # numbers that sixteen divides, or does not

@@ -101,3 +101,9 @@ Q, K, V = (7, 4, 5), (7, 2, 5), (7, 2, 3)
 def test_bad_input_is_named(shapes, given, options, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*(torch.zeros(shape) for shape in shapes), *given, **options)
+
+
+def test_dtypes_must_be_one():
+    tokens = torch.zeros(7, 4, 5)
+    with pytest.raises(ValueError, match=r"must share one dtype, got torch.float32, torch.float64 and"):
+        packed_attention(tokens, tokens.double(), tokens, torch.tensor([0, 7]))

@@ -51,6 +51,7 @@ def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> No
     found = {
         "case": case,
         "kernel": kernel.__name__,
+        "hash": compiled.hash,
         "registers": registers,
         "spilled": stack,
         "shared": compiled.metadata.shared,

@@ -66,3 +66,11 @@ CASES = {
         (torch.float16, torch.bfloat16, torch.float32, torch.float64), (8, 32, 64, 80, 128, 256), FEATURES
     )
 }
+
+
+def many_lengths() -> None:
+    for length in range(129, 149):
+        call(torch.bfloat16, 64, length, after=0)
+
+
+CASES["twenty lengths"] = many_lengths

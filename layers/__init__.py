@@ -15,6 +15,7 @@ from .glimpse_network import GlimpseNetwork
 from .glimpse_sensor import GlimpseSensor
 from .gru_cell import GRUCell
 from .key_value_cache import KeyValueCache
+from .label_smoothing import LabelSmoothingLoss
 from .learned_positions import LearnedPositions, LearnedPositions2d
 from .length_projection import LengthProjection
 from .local_attention import LocalAttention
@@ -63,6 +64,7 @@ __all__ = [
     "KeyValueCache",
     "LSHAttention",
     "LSTMCell",
+    "LabelSmoothingLoss",
     "LayerNorm2d",
     "LearnedPositions",
     "LearnedPositions2d",

@@ -52,7 +52,8 @@ class ChunkedFeedForward(FeedForward):
         recompute: whether the backward pass computes the hidden layer again.
         activation: makes σ.
         gated: whether a third matrix gates the hidden layer.
-        dropout: probability of dropping a hidden unit and, again, an output.
+        dropout: probability of dropping an output.
+        hidden_dropout: probability of dropping a hidden unit; `dropout` where it is not given.
         bias: whether the linear layers add one.
         device: where the parameters are.
         dtype: of the parameters.
@@ -83,6 +84,7 @@ class ChunkedFeedForward(FeedForward):
         activation: Callable[[], nn.Module] = nn.GELU,
         gated: bool = False,
         dropout: float = 0.0,
+        hidden_dropout: float | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,6 +97,7 @@ class ChunkedFeedForward(FeedForward):
             activation=activation,
             gated=gated,
             dropout=dropout,
+            hidden_dropout=hidden_dropout,
             bias=bias,
             device=device,
             dtype=dtype,
@@ -130,8 +133,8 @@ class ChunkedFeedForward(FeedForward):
             and type(self.activation) in _PLAIN_ACTIVATIONS
             and not getattr(self.activation, "inplace", False)
             and not any(getattr(part, hook) for part in (*layers, self.activation) for hook in hooks)
-            and type(self.dropout) is nn.Dropout
-            and not (self.training and self.dropout.p)
+            and all(type(part) is nn.Dropout for part in (self.dropout, self.hidden_dropout))
+            and not (self.training and (self.dropout.p or self.hidden_dropout.p))
             and x.device.type != "meta"  # which autocast does not know
             and not torch.is_autocast_enabled(x.device.type)
         )

@@ -24,7 +24,8 @@ class FeedForward(nn.Module):
         hidden_dim: size of the hidden layer, 4·dim by default.
         activation: makes σ.
         gated: whether a third matrix gates the hidden layer.
-        dropout: probability of dropping a hidden unit and, again, an output.
+        dropout: probability of dropping an output.
+        hidden_dropout: probability of dropping a hidden unit; `dropout` where it is not given.
         bias: whether the linear layers add one.
         device: where the parameters are.
         dtype: of the parameters.
@@ -54,6 +55,7 @@ class FeedForward(nn.Module):
         activation: Callable[[], nn.Module] = nn.GELU,
         gated: bool = False,
         dropout: float = 0.0,
+        hidden_dropout: float | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,10 +67,11 @@ class FeedForward(nn.Module):
         self.activation = activation()
         self.down = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
+        self.hidden_dropout = nn.Dropout(dropout if hidden_dropout is None else hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             hidden = self.activation(self.up(x))
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.dropout(self.down(self.dropout(hidden)))
+        return self.dropout(self.down(self.hidden_dropout(hidden)))

@@ -79,6 +79,7 @@ class GaussianAttention(MultiHeadAttention):
         learnable: whether σ is a parameter; else a buffer.
         num_kv_heads: heads of the keys and values; `num_heads` where it is not given.
         head_dim: D; dim / num_heads where it is not given.
+        value_head_dim: size of a head of the values; D where it is not given.
         key_dim: size of a key before its projection; `dim` where it is not given.
         value_dim: size of a value before its projection; `key_dim` where it is not given.
         bias: whether the four projections have one.
@@ -115,6 +116,7 @@ class GaussianAttention(MultiHeadAttention):
         learnable: bool = True,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_head_dim: int | None = None,
         key_dim: int | None = None,
         value_dim: int | None = None,
         bias: bool = True,
@@ -131,6 +133,7 @@ class GaussianAttention(MultiHeadAttention):
             num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            value_head_dim=value_head_dim,
             key_dim=key_dim,
             value_dim=value_dim,
             bias=bias,

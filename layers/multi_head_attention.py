@@ -34,6 +34,7 @@ class MultiHeadAttention(nn.Module):
         num_heads: H.
         num_kv_heads: heads of the keys and values; `num_heads` where it is not given.
         head_dim: D; dim / num_heads where it is not given.
+        value_head_dim: size of a head of the values; D where it is not given.
         key_dim: size of a key before its projection; `dim` where it is not given.
         value_dim: size of a value before its projection; `key_dim` where it is not given.
         bias: whether the four projections have one.
@@ -71,6 +72,7 @@ class MultiHeadAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_head_dim: int | None = None,
         key_dim: int | None = None,
         value_dim: int | None = None,
         bias: bool = True,
@@ -91,13 +93,14 @@ class MultiHeadAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.head_dim = head_size(dim, num_heads, head_dim)
+        self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
         self.dropout = dropout
         key_dim = dim if key_dim is None else key_dim
         value_dim = key_dim if value_dim is None else value_dim
         self.query = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
         self.key = nn.Linear(key_dim, num_kv_heads * self.head_dim, bias=bias, **factory)
-        self.value = nn.Linear(value_dim, num_kv_heads * self.head_dim, bias=bias, **factory)
-        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias, **factory)
+        self.value = nn.Linear(value_dim, num_kv_heads * self.value_head_dim, bias=bias, **factory)
+        self.out = nn.Linear(num_heads * self.value_head_dim, dim, bias=bias, **factory)
         self.query_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim, **factory)
         self.key_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim, **factory)
         self.rotary = rotary

@@ -2,9 +2,11 @@
 
 import os
 from abc import abstractmethod
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants
@@ -62,6 +64,25 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="lamina", license="mit
             for file in sorted(Path(beside).iterdir()):
                 os.replace(file, folder / file.name)
         return answer
+
+    @classmethod
+    def from_published(cls, path: str | Path, **overrides: Any) -> Self:
+        """A model with weights as their authors, or the library that people use, have published them.
+
+        Args:
+            path: a file or a folder on this machine, as `lamina.models.checkpoints` describes for the family.
+            **overrides: fields of the configuration that the file does not decide, such as `dropout`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no published format of the family is known, or the file does not fit: every name that
+                is left over is told.
+        """
+        name = f"{__package__}.checkpoints.{cls.__module__.rpartition('.')[2]}"
+        if find_spec(name) is None:
+            raise ValueError(f"no published format of {cls.__name__} is known")
+        loaded: Self = import_module(name).load(cls, path, **overrides)
+        return loaded
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:

@@ -10,6 +10,11 @@ from torch import nn
 from .. import blocks, layers
 
 Attention = str | Mapping[str, Any]
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
 
 
 def find_part(spec: Attention | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -31,6 +36,13 @@ def find_part(spec: Attention | Callable[..., nn.Module]) -> Callable[..., nn.Mo
         f"there is no part {name!r} in lamina.layers or lamina.blocks; "
         "one of your own has to be given again: from_pretrained(folder, attention=…)"
     )
+
+
+def attention_part(part: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
+    """`part` with what a configuration says of `MultiHeadAttention`, which another layer knows nothing of."""
+    if (part.func if isinstance(part, partial) else part) is not layers.MultiHeadAttention:
+        return part
+    return partial(part, **options | (part.keywords if isinstance(part, partial) else {}))
 
 
 def describe_part(part: Callable[..., nn.Module]) -> Attention | None:

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from ..blocks import Encoder, EncoderBlock, ResNet
 from ..layers import ClassToken, FeedForward, LearnedPositions2d, PatchEmbedding
 from .base import Model
-from .parts import Attention, find_part
+from .parts import ACTIVATIONS, Attention, find_part
 from .registry import register_presets
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "relu": nn.ReLU,
-}
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ def _run(plan: Plan, folder: Path, deadline: float, console: Console) -> dict[st
             return _write_result(folder, plan, done)
         if seed == plan.seeds[0]:
             _save_model(model, folder / "model")
+            getattr(data, "save", lambda folder: None)(folder / "model")  # a tokenizer
         write_json(seed_folder / "result.json", asdict(trained))
         done.append(trained)
         in_time = time.monotonic() < deadline

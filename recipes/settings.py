@@ -78,6 +78,67 @@ class ImageSettings(Settings):
             raise ValueError(f"shift must not be negative, got {self.shift}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings(Settings):
+    """Settings of a recipe that reads and writes sequences.
+
+    Args:
+        warmup_steps: in which the learning rate rises linearly to its peak, in place of `warmup_epochs`.
+        average_last: the model is tested with the mean of the weights of so many last epochs.
+        num_beams: of the search in the test; 1 is greedy.
+        length_penalty: of the search.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> from lamina.recipes import SequenceSettings
+        >>> SequenceSettings(epochs=3, learning_rate=1e-3, warmup_steps=100).num_beams
+        1
+    """
+
+    warmup_steps: int = 0
+    average_last: int = 0
+    num_beams: int = 1
+    length_penalty: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("warmup_steps", "average_last", "length_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationSettings(SequenceSettings):
+    """Settings of a recipe that translates.
+
+    Args:
+        tokens: of a batch, source or target, padding counted; `batch_size` says nothing.
+        vocab_size: pieces of the vocabulary, at most as many as the model has.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> from lamina.recipes import TranslationSettings
+        >>> TranslationSettings(epochs=3, learning_rate=1e-3).tokens
+        2048
+    """
+
+    tokens: int = 2048
+    vocab_size: int = 8000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        if self.vocab_size < 5:
+            raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
+
+
 def override(settings: Settings, assignments: Iterable[str]) -> tuple[Settings, dict[str, Any]]:
     """Applies "key=value" texts to the settings or, as "model.key=value", to what the model is made with.
 

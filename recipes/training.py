@@ -33,6 +33,7 @@ from .resume import (
     derive_seed,
     load_checkpoint,
 )
+from .schedules import warmup_then_cosine
 from .settings import Settings
 
 
@@ -103,13 +104,6 @@ class Classification(LightningModule):
 def accuracy(confusion: Tensor) -> Tensor:
     """Percent of the samples on the diagonal."""
     return 100 * confusion.trace() / confusion.sum()
-
-
-def warmup_then_cosine(step: int, warmup: int, steps: int) -> float:
-    """Factor of the learning rate: from near zero up to one, then down to zero along half a cosine."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """The feed-forward network: its formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.layers import FeedForward
+from lamina.layers import ChunkedFeedForward, FeedForward
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -58,6 +60,19 @@ def test_dropout_falls_on_the_hidden_layer_and_on_the_output():
     assert (hidden[0] == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert (y == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert torch.equal(layer.eval()(x), layer.down(F.gelu(layer.up(x))))
+
+
+@pytest.mark.parametrize(("dropout", "hidden_dropout"), [(0.5, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("kind", [FeedForward, partial(ChunkedFeedForward, chunk_size=100)])
+def test_dropout_of_the_hidden_layer_may_be_another(kind, dropout, hidden_dropout):
+    layer, x = kind(3, 5, dropout=dropout, hidden_dropout=hidden_dropout), torch.randn(1, 2000, 3)
+    hidden = []
+    layer.down.register_forward_hook(lambda module, args, output: hidden.append(args[0]))
+    y = layer(x)
+    dropped = torch.cat([h.flatten() for h in hidden]) == 0
+    assert dropped.float().mean().item() == pytest.approx(hidden_dropout, abs=0.05)
+    assert (y == 0).float().mean().item() == pytest.approx(dropout, abs=0.05)
+    assert torch.equal(layer.eval()(x), FeedForward.forward(layer, x))
 
 
 @pytest.mark.parametrize("gated", [False, True])

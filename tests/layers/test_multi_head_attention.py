@@ -9,7 +9,7 @@ from lamina.layers import KeyValueCache, MultiHeadAttention, RotaryPositions
 from torch import nn
 
 sizes, seeds = st.integers(1, 6), st.integers(0, 2**31)
-KINDS = ["plain", "grouped", "rotary", "normalised"]
+KINDS = ["plain", "grouped", "rotary", "normalised", "narrow values"]
 
 
 def draw(kind: str = "plain", dropout: float = 0.0, **options) -> MultiHeadAttention:
@@ -18,6 +18,7 @@ def draw(kind: str = "plain", dropout: float = 0.0, **options) -> MultiHeadAtten
         "plain": {},
         "grouped": {"num_kv_heads": 2},
         "rotary": {"rotary": RotaryPositions(2)},
+        "narrow values": {"num_kv_heads": 2, "head_dim": 5, "value_head_dim": 3},
         "normalised": {"qk_norm": nn.RMSNorm, "bias": False, "num_kv_heads": 1},
     }[kind]
     layer = MultiHeadAttention(8, 4, dropout=dropout, dtype=torch.float64, **options)
@@ -78,7 +79,7 @@ def test_output_is_the_weights_times_the_values(kind, backend):
     given = {"key_mask": torch.rand(2, 5) < 0.7, "bias": x(4, 3, 5), "is_causal": True}
     weights = layer.weights(query, key, **given)
     groups = layer.num_kv_heads
-    values = layer.value(key).unflatten(-1, (groups, 2)).transpose(1, 2).repeat_interleave(4 // groups, 1)
+    values = layer.value(key).unflatten(-1, (groups, layer.value_head_dim)).transpose(1, 2).repeat_interleave(4 // groups, 1)
     expected = layer.out((weights @ values).transpose(1, 2).flatten(2))
     with use_backend(backend):
         torch.testing.assert_close(layer(query, key, **given), expected)

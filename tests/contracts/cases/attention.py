@@ -51,6 +51,12 @@ CASES = [
         dynamic=((0, 1),),
     ),
     Case(
+        "MultiHeadAttention wide-values",
+        lambda **factory: MultiHeadAttention(12, 3, head_dim=5, value_head_dim=7, **factory),
+        self_attention,
+        dynamic=((0, 1),),
+    ),
+    Case(
         "AdditiveAttention",
         lambda **factory: AdditiveAttention(12, 10, 5, dropout=0.3, **factory),
         cross_attention,

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from contracts.case import Case
-from lamina.blocks import Bottleneck, Decoder, DecoderBlock, Encoder, EncoderBlock, ResNet
+from lamina.blocks import Bottleneck, Decoder, DecoderBlock, Encoder, EncoderBlock, MaskedTokenHead, ResNet
 from lamina.layers import AdditiveAttention, FeedForward, StandardizedConv2d
 from torch import nn
 
@@ -30,6 +30,22 @@ def masks(dtype: torch.dtype) -> dict[str, object]:
 
 
 CASES = [
+    Case(
+        "MaskedTokenHead",
+        lambda **factory: MaskedTokenHead(6, 13, **factory),
+        lambda dtype: (torch.randn(3, 5, 6, dtype=dtype), torch.randn(13, 6, dtype=dtype)),
+        dynamic=((0, 1), ()),
+    ),
+    Case(
+        "MaskedTokenHead places",
+        lambda **factory: MaskedTokenHead(6, 13, activation=nn.Tanh, **factory),
+        lambda dtype: (
+            torch.randn(3, 5, 6, dtype=dtype),
+            torch.randn(13, 6, dtype=dtype),
+            torch.tensor([[1, 4], [0, 2], [3, 3]]),
+        ),
+        dynamic=((0,), (), (0,)),
+    ),
     Case("EncoderBlock", lambda **f: EncoderBlock(12, 3, **f), tokens, masks, dynamic=((),)),
     Case(
         "EncoderBlock post-norm",

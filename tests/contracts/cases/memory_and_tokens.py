@@ -2,7 +2,15 @@
 
 import torch
 from contracts.case import Case
-from lamina.layers import ClassToken, Maxout, MemoryHop, SentenceEncoding, TemporalEncoding, TokenEmbedding
+from lamina.layers import (
+    ClassToken,
+    LabelSmoothingLoss,
+    Maxout,
+    MemoryHop,
+    SentenceEncoding,
+    TemporalEncoding,
+    TokenEmbedding,
+)
 from torch import Tensor, nn
 
 STORY = torch.tensor([[[3, 7, 0, 0], [5, 9, 12, 4], [2, 0, 0, 0], [0, 0, 0, 0], [1, 8, 8, 3]]]).repeat(
@@ -106,6 +114,12 @@ CASES = [
         lambda **factory: ClassToken(6, **factory),
         lambda dtype: (torch.randn(3, 5, 6, dtype=dtype),),
         dynamic=((0, 1),),
+    ),
+    Case(
+        "LabelSmoothingLoss",
+        lambda **factory: LabelSmoothingLoss(0.1, padding_id=0, reduction="none", **factory),
+        lambda dtype: (torch.randn(3, 5, 7, dtype=dtype), torch.tensor([[1, 2, 0, 0, 0], [3] * 5, [0] * 5])),
+        dynamic=((0, 1), (0, 1)),
     ),
     Case(
         "ClassToken distillation",

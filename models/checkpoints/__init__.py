@@ -1,0 +1,1 @@
+"""Published weights: files as others write them, and their names mapped onto ours."""

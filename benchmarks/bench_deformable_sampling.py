@@ -1,15 +1,23 @@
-"""Deformable sampling at Deformable DETR's decoder and encoder, and the whole layer, beside transformers."""
+"""Deformable sampling at Deformable DETR's decoder and encoder, and the whole layer, beside transformers.
+
+On a GPU the kernel is timed in bfloat16 too. The peers then sample in float32: of locations in half precision
+they would be off by a part of a cell.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lamina.kernels import deformable_sampling
+from lamina.kernels import deformable_sampling, use_backend
 from lamina.kernels.deformable_sampling import deformable_sampling_reference
 from lamina.layers import DeformableAttention
 
+GPU = torch.cuda.is_available()
+DTYPES = ("float32", "bfloat16") if GPU else ("float32",)  # a CPU is not asked for halves
 IMAGE = [(100, 134), (50, 67), (25, 34), (13, 17)]  # the levels of a photograph of 800 x 1066
 HALF = [(50, 67), (25, 34), (13, 17), (7, 9)]
 SIZES = {"decoder-300": (2, 300, IMAGE), "encoder-4484": (1, 4484, HALF), "encoder-17821": (1, 17821, IMAGE)}
+if GPU:
+    SIZES |= {"encoder-2x17821": (2, 17821, IMAGE)}
 HEADS, POINTS, DIM = 8, 4, 32
 LAYER = [(104, 136), (52, 68), (26, 34), (13, 17)]
 
@@ -28,18 +36,45 @@ def inputs(batch, queries, shapes):
 
 def by_grid_sample(value, shapes, locations, weights):
     out = 0
-    for i, level in enumerate(value.split([h * w for h, w in shapes], 1)):
+    for i, level in enumerate(value.float().split([h * w for h, w in shapes], 1)):
         maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shapes[i])
         grid = 2 * locations[:, :, :, i].transpose(1, 2).flatten(0, 1) - 1
         found = F.grid_sample(maps, grid, align_corners=False).unflatten(0, (len(value), HEADS))
         out = out + (found * weights[:, :, :, i].transpose(1, 2).unsqueeze(2)).sum(-1)
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2).to(value.dtype)
 
 
 def by_transformers(value, shapes, locations, weights):
     peer = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
-    sampled = peer.MultiScaleDeformableAttention()(value, None, shapes, None, locations, weights, 64)
-    return sampled.unflatten(-1, (HEADS, DIM))
+    of = peer.MultiScaleDeformableAttention()
+    sampled = of(value.float(), None, shapes, None, locations, weights, 64)
+    return sampled.unflatten(-1, (HEADS, DIM)).to(value.dtype)
+
+
+def by_msda_triton(value, shapes, locations, weights):
+    """Its own choice would sample by `grid_sample` where its kernel fails, without a word."""
+    peer = pytest.importorskip("msda_triton.frontend")
+    sides = torch.tensor(shapes, device=value.device)
+    sampled = peer.triton_multiscale_deformable_attention(
+        value.float(), sides, locations, weights, "zeros", False
+    )
+    return sampled.to(value.dtype)
+
+
+def on(backend):
+    def sampled(*inputs):
+        with use_backend(backend):
+            return deformable_sampling(*inputs)
+
+    return sampled
+
+
+def determined(deterministic):
+    def sampled(*inputs):
+        torch.use_deterministic_algorithms(deterministic)  # left so, as it is the backward pass that asks
+        return deformable_sampling(*inputs)
+
+    return sampled
 
 
 HOWS = {
@@ -48,25 +83,55 @@ HOWS = {
     "grid_sample": by_grid_sample,
     "transformers": by_transformers,
 }
+if GPU:
+    HOWS |= {
+        "deterministic": determined(True),
+        "torch": on("torch"),
+        "compiled grid_sample": torch.compile(by_grid_sample),
+        "msda_triton": by_msda_triton,
+    }
 
 
+@pytest.fixture
+def any_algorithm():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def least_bytes(value, locations, weights, backward):
+    """Everything read or written once; the sums of the values' gradient are in float32."""
+    outputs = weights[..., 0, 0].numel() * DIM * value.element_size()
+    moved = value.nbytes + locations.nbytes + weights.nbytes + outputs
+    return moved + backward * (moved + locations.nbytes + weights.nbytes + 4 * value.numel())
+
+
+@pytest.mark.usefixtures("any_algorithm")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("how", HOWS)
-def bench_deformable_sampling(benchmark, benchmark_op, how, sizes, direction):
+def bench_deformable_sampling(benchmark, benchmark_op, how, sizes, direction, dtype):
     batch, queries, shapes = sizes
-    if queries > 10_000 and (how == "reference" or direction != "forward"):
+    backward = direction == "forward+backward"
+    if not GPU and queries > 10_000 and (how == "reference" or backward):
         pytest.skip("over a second a call")
+    if how == "deterministic" and not backward:
+        pytest.skip("its forward pass is the same")
     if how == "transformers":
         pytest.importorskip("transformers")
-    benchmark.group = f"deformable_sampling {(batch, queries)} {direction}"
-    other = by_grid_sample if how == "lamina" else deformable_sampling
+    if how == "msda_triton":
+        pytest.importorskip("msda_triton")
+    benchmark.group = f"deformable_sampling {(batch, queries)} {dtype} {direction}"
+    other = {"lamina": by_grid_sample, "deterministic": determined(False)}.get(how, deformable_sampling)
+    value, locations, weights = inputs(batch, queries, shapes)
+    value = value.to(getattr(torch, dtype))
     benchmark_op(
         lambda value, *at: HOWS[how](value, shapes, *at),
-        inputs(batch, queries, shapes),
-        backward=direction == "forward+backward",
+        [value, locations, weights],
+        backward=backward,
         reference=lambda value, *at: other(value, shapes, *at),
-        flops=9 * batch * queries * HEADS * len(shapes) * POINTS * DIM,
+        flops=(40 if backward else 10) * batch * queries * HEADS * len(shapes) * POINTS * DIM,
+        bytes_moved=least_bytes(value, locations, weights, backward),
     )
 
 

@@ -75,19 +75,28 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = inputs = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph: a second derivative is wanted, which the reference has
-        from .deformable_sampling import deformable_sampling_reference  # which itself imports this module
-
-        shapes = [(height, width) for _, height, width in _levels(ctx.sizes)]
-        out = deformable_sampling_reference(value, shapes, locations, weights)
-        wanted = [t for t in inputs if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        of_value, *others = (next(found) if t.requires_grad else None for t in inputs)
+        needed = [ctx.needs_input_grad[n] for n in (0, 2, 3)]
+        of_value, *others = gradients_of_definition(grad, needed, inputs, ctx.sizes)
     else:
         of_value, *others = _bags_backward(grad, value, ctx.sizes, locations, weights)
     return of_value, None, *others
 
 
 sampled_by_bags.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def gradients_of_definition(
+    grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor | None]:
+    """Those of value, locations and weights that are needed, as the definition has them: with a graph."""
+    from .deformable_sampling import deformable_sampling_reference  # which itself imports this module
+
+    value, locations, weights = inputs
+    shapes = [(height, width) for _, height, width in _levels(sizes)]
+    out = deformable_sampling_reference(value, shapes, locations, weights)
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
 
 
 class _Axis:

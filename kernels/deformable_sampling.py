@@ -5,8 +5,9 @@
 over the levels l of a feature pyramid and the sampling points p of each. A sample beyond the outer cells'
 centres fades into zeros.
 
-No kernel of its own yet. On a CPU the samples are rows of a table, so that the forward is one
-`embedding_bag`, and the gradient of the values is another one, whose bags are the cells.
+On a GPU a Triton kernel samples all levels at once and keeps nothing but its inputs. On a CPU the samples are
+rows of a table, so that the forward is one `embedding_bag`, and the gradient of the values is another one,
+whose bags are the cells.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor
 
 from ._deformable_bags import sampled_by_bags, working_dtype
-from .backend import Refusals, choose, forward_derivatives, operation
+from .backend import Refusals, choose, forward_derivatives, operation, triton_refusal
 
 Shapes = Sequence[tuple[int, int]]
 
 
 def _refusals(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Refusals:
-    refusals: Refusals = {"triton": "there is no fused kernel of this operation yet"}
+    refusals: Refusals = {}
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if (reason := triton_refusal(value, locations, weights)) is not None:
+        refusals["triton"] = reason
+    elif strange := [t.dtype for t in (value, locations, weights) if t.dtype not in kinds]:
+        refusals["triton"] = f"the kernel has no {strange[0]}"
     if forward_derivatives(value, locations, weights):
         refusals["torch"] = (
             "forward-mode derivatives are taken, which a registered operation would answer with zero"
@@ -45,11 +51,20 @@ def deformable_sampling(
     least float32, the output has the dtype of `value`, and each gradient that of its input. Keep the
     locations in float32: bfloat16 tells the cells of a level of 100 columns no longer apart.
 
-    Time O(B Lq H S P D). Memory as much in the definition; 4 integers and 4 floats for each sampling point,
-    and the gradient, on a CPU. Both paths are deterministic there, and twice differentiable (the fast path
-    through the definition); a forward-mode derivative takes the definition. At the centre of a cell, where a
-    bilinear sample has no derivative in its location, it is the one towards larger coordinates, as of
-    `grid_sample`.
+    Time O(B Lq H S P D). Memory as much in the definition, and for each sampling point 4 integers and 4
+    floats on a CPU. The kernel takes none beside its output, and in its backward pass the gradient of the
+    values in float32. For that pass the CPU's path and the kernel keep their inputs alone.
+
+    Every path is twice differentiable, the fast ones through the definition; a forward-mode derivative takes
+    the definition. On a CPU all are deterministic. So are the kernel's output and its gradients of locations
+    and weights; that of the values it adds up with atomics, in an order that changes from run to run. Under
+    `torch.use_deterministic_algorithms(True)` it sorts the samples instead, for 16 bytes each and the sort's
+    own memory, and every run gives the same to the last bit. Either way nothing waits for the device:
+    forward and backward go into a CUDA graph.
+
+    At the centre of a cell, where a bilinear sample has no derivative in its location, it is the one towards
+    larger coordinates, as of `grid_sample`. Values that no sample is near are not read by the kernel; the
+    definition reads the first cell of a level for what is outside of it.
 
     Args:
         value: (B, sum of h w, H, D), the levels one after the other, each row by row.
@@ -75,11 +90,17 @@ def deformable_sampling(
         torch.Size([2, 11, 8, 32])
     """
     _check(value, spatial_shapes, locations, weights)
-    if choose("deformable_sampling", _refusals(value, spatial_shapes, locations, weights)) == "torch":
-        sizes = [size for shape in spatial_shapes for size in shape]
-        out: Tensor = sampled_by_bags(value, sizes, locations, weights)
-        return out
-    return deformable_sampling_reference(value, spatial_shapes, locations, weights)
+    path = choose("deformable_sampling", _refusals(value, spatial_shapes, locations, weights))
+    if path == "reference":
+        return deformable_sampling_reference(value, spatial_shapes, locations, weights)
+    sizes = [size for shape in spatial_shapes for size in shape]
+    if path == "triton":
+        from .fused import deformable_sampling as fused
+
+        sampled: Tensor = fused.deformable_sampling(value, sizes, locations, weights)
+        return sampled
+    out: Tensor = sampled_by_bags(value, sizes, locations, weights)
+    return out
 
 
 def deformable_sampling_reference(

@@ -61,7 +61,10 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".npz":
-        import numpy as np
+        try:
+            import numpy as np
+        except ImportError as error:
+            raise ValueError("a file of NumPy needs NumPy, which is not installed") from error
 
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -19,7 +19,7 @@ LIBRARIES = {
     "kernels": {"torch", "einops", "triton"},
     "layers": {"torch", "einops"},
     "blocks": {"torch", "einops"},
-    "models": {"torch", "einops", "safetensors", "huggingface_hub"},
+    "models": {"torch", "einops", "safetensors", "huggingface_hub", "numpy"},  # numpy reads .npz files alone
     "viz": {"torch", "einops", "matplotlib", "numpy"},
 }
 IMPORT_NAMES = {"scikit-learn": "sklearn"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lamina.kernels import extract_glimpses
+from lamina.kernels import extract_glimpses, use_backend
 from lamina.kernels.extract_glimpses import extract_glimpses_reference
 from lamina.layers import GlimpseNetwork
 
@@ -51,12 +51,22 @@ def reference(images, locations, size, scales):
     return extract_glimpses_reference(images, locations.unsqueeze(1), size, scales).squeeze(1)
 
 
+def on(backend: str):
+    def extract(images, locations, size, scales):
+        with use_backend(backend):
+            return extract_glimpses(images, locations, size, scales)
+
+    return extract
+
+
 HOWS = {
     "lamina": extract_glimpses,
     "reference": reference,
     "grid_sample": by_grid_sample,
     "slices": by_slices,
 }
+if torch.cuda.is_available():
+    HOWS |= {"triton": on("triton"), "products": on("torch"), "compiled": torch.compile(reference)}
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
@@ -72,7 +82,15 @@ def bench_extract_glimpses(benchmark, benchmark_op, how, sizes, direction):
         [torch.randn(shape)],
         backward=direction == "forward+backward",
         reference=lambda images: other(images, locations, size, scales),
+        bytes_moved=bytes_moved(shape, size, scales) * (2 if "backward" in direction else 1),
     )
+
+
+def bytes_moved(shape, size: int, scales: int) -> int:
+    """The glimpses written, and read of the image what the widest scale covers of it, in float32."""
+    batch, channels, height, width = shape
+    widest = size * 2 ** (scales - 1)
+    return 4 * batch * channels * (min(height, widest) * min(width, widest) + scales * size**2)
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])

@@ -1,10 +1,18 @@
-"""Low-rank attention beside `linformer` and the paper's equation in einsum, with the same weights."""
+"""Low-rank attention beside `linformer` and the paper's equation in einsum, with the same weights.
+
+`bench_columns` is what remains after the projections, attention to k columns: ours (`fused` where there is a
+GPU), its definition, and PyTorch's routine on the same columns.
+"""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from lamina.kernels import low_rank_attention, use_backend
+from lamina.kernels.low_rank_attention import low_rank_attention_reference
 from lamina.layers import LowRankAttention
 from torch import Tensor, nn
 
@@ -14,7 +22,10 @@ SIZES = {
     "n1024-k128": (4, 1024, 512, 8, 128),
     "n4096-k256": (4, 4096, 512, 8, 256),
 }
+# B, H, Lq, k, D
+COLUMNS = {"n1024-k128": (4, 8, 1024, 128, 64), "n4096-k256": (4, 8, 4096, 256, 64)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
 
 
 def twins(dim: int, heads: int, length: int, rank: int) -> tuple[LowRankAttention, nn.Module]:
@@ -108,3 +119,33 @@ def bench_sharing(benchmark, benchmark_op, how, share, direction):
         reference=reference,
         reference_parameters=parameters,
     )
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", COLUMNS.values(), ids=COLUMNS)
+@pytest.mark.parametrize("how", ["auto", "reference", "sdpa", "fused"])
+def bench_columns(benchmark, benchmark_op, how, sizes, dtype, direction):
+    if how == "fused" and DEVICE == "cpu":
+        pytest.skip("the kernel runs on a GPU only")
+    batch, heads, queries, columns, dim = sizes
+    if how == "fused" and dtype is torch.float32 and columns > 128:
+        pytest.skip("of float32 so many columns do not fit on chip")
+    name = "" if dtype is torch.float32 else " bfloat16"
+    benchmark.group = f"low_rank_attention {sizes}{name} {direction}"
+    shapes = [(batch, heads, n, dim) for n in (queries, columns, columns)]
+    backward = direction == "forward+backward"
+    operation: Callable[..., Tensor] = {
+        "reference": low_rank_attention_reference, "sdpa": F.scaled_dot_product_attention
+    }.get(how, low_rank_attention)  # fmt: skip
+    # What the backward pass reads and writes besides: the cotangent, the output again, and each gradient.
+    tokens = (6 if backward else 2) * queries + (6 if backward else 2) * columns
+    with use_backend("triton") if how == "fused" else nullcontext():
+        benchmark_op(
+            operation,
+            [torch.randn(shape, dtype=dtype) for shape in shapes],
+            backward=backward,
+            reference=low_rank_attention_reference,
+            flops=(14 if backward else 4) * batch * heads * queries * columns * dim,
+            bytes_moved=batch * heads * dim * tokens * dtype.itemsize,
+        )

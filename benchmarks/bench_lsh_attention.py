@@ -1,21 +1,31 @@
-"""LSH attention beside reformer-pytorch and transformers: four rounds, chunks of 64, causal.
+"""LSH attention beside reformer-pytorch, transformers and all pairs: four rounds, chunks of 64, causal.
+
+    lamina            `lsh_attention` as it chooses; `reference` the definition, where that is another path
+    reformer-pytorch  its attention of one head after the other
+    sdpa              PyTorch's attention of every pair at equal length: what one pays for not hashing
 
 Each pays for its own hashing, and is then given the same buckets: float32 hashes near a tie differ. The first
 tokens are left out of the comparison: they see only themselves, where the peers' float32 is off by 0.75 %.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
-from lamina.kernels import lsh_attention, lsh_buckets
+import torch.nn.functional as F
+from lamina.kernels import lsh_attention, lsh_buckets, use_backend
 from lamina.layers import LSHAttention
+from lamina.layers._heads import split_heads
 from torch import Tensor, nn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
 HEADS, HEAD_DIM, CHUNK, ROUNDS = 8, 64, 64, 4
-LENGTHS = [1024, 4096]
+LENGTHS = [4096, 8192, 16384, 65536] if GPU else [1024, 4096]
 both_directions = pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def offset(buckets: Tensor, num_buckets: int) -> Tensor:
@@ -34,38 +44,80 @@ def paying(hashing: Callable[..., Tensor], buckets: Tensor) -> Callable[..., Ten
 
 
 @both_directions
+@each_dtype
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("how", ["lamina", "reformer-pytorch"])
-def bench_lsh_attention(benchmark, benchmark_op, how, length, direction):
-    benchmark.group = f"lsh_attention L={length} {direction}"
+@pytest.mark.parametrize("how", ["lamina", *(["reference"] if GPU else []), "reformer-pytorch", "sdpa"])
+def bench_lsh_attention(benchmark, benchmark_op, how, length, dtype, direction):
+    of_dtype = " bfloat16" if dtype is torch.bfloat16 else ""
+    benchmark.group = f"lsh_attention L={length} {direction}{of_dtype}"
+    backward = direction != "forward"
+    inputs = [torch.randn(1, HEADS, length, HEAD_DIM, device=DEVICE, dtype=dtype) for _ in range(2)]
+    if how == "sdpa":
+
+        def every_pair(query_key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                query_key, F.normalize(query_key, dim=-1), value, is_causal=True, scale=1.0
+            )
+
+        flops = 2 * HEADS * length**2 * HEAD_DIM
+        benchmark_op(every_pair, inputs, backward=backward, flops=flops * (3.5 if backward else 1))
+        return
     reformer = pytest.importorskip("reformer_pytorch.reformer_pytorch")
     count = length // CHUNK
     rotations = torch.randn(HEADS, HEAD_DIM, ROUNDS, count // 2, device=DEVICE)
-    inputs = [torch.randn(1, HEADS, length, HEAD_DIM, device=DEVICE) for _ in range(2)]
     buckets = lsh_buckets(inputs[0], rotations, num_buckets=count)
     theirs = reformer.LSHAttention(bucket_size=CHUNK, n_hashes=ROUNDS, causal=True)
     theirs.hash_vectors = paying(theirs.hash_vectors, offset(buckets, count).flatten(0, 1))
 
     def ours(query_key: Tensor, value: Tensor) -> Tensor:
-        lsh_buckets(query_key, rotations, num_buckets=count)
-        out = lsh_attention(
-            query_key,
-            value,
-            buckets,
-            num_buckets=count,
-            chunk_size=CHUNK,
-            circular=True,
-            is_causal=True,
-            scale=HEAD_DIM**-0.5,
-        )
+        with use_backend("reference") if how == "reference" else nullcontext():
+            lsh_buckets(query_key, rotations, num_buckets=count)
+            out = lsh_attention(
+                query_key,
+                value,
+                buckets,
+                num_buckets=count,
+                chunk_size=CHUNK,
+                circular=True,
+                is_causal=True,
+                scale=HEAD_DIM**-0.5,
+            )
         return out[:, :, length // 8 :]
 
     def peer(query_key: Tensor, value: Tensor) -> Tensor:
         out = theirs(query_key.flatten(0, 1), value.flatten(0, 1))[0]
         return out.view_as(value)[:, :, length // 8 :]
 
-    timed, other = (ours, peer) if how == "lamina" else (peer, ours)
-    benchmark_op(timed, inputs, backward=direction != "forward", reference=other)
+    timed, other = (peer, ours) if how == "reformer-pytorch" else (ours, peer)
+    # The products of the hash and of a chunk with two; with a backward pass, of five more with three chunks
+    # in each direction. Bytes: what is given and got once, and what a round gives, written and read.
+    rows = HEADS * length * HEAD_DIM
+    flops = ROUNDS * rows * (count + (32 if backward else 8) * CHUNK)
+    moved = dtype.itemsize * rows * (3 + 2 * ROUNDS + ((6 + 4 * ROUNDS) if backward else 0))
+    benchmark_op(timed, inputs, backward=backward, reference=other, flops=flops, bytes_moved=moved)
+
+
+@each_dtype
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("how", ["lamina", *(["reference"] if GPU else []), "reformer-pytorch"])
+def bench_lsh_buckets(benchmark, benchmark_op, how, length, dtype):
+    """The hashing alone; its results near a tie differ, so that nothing is compared here (the tests do)."""
+    benchmark.group = f"lsh_buckets L={length}" + (" bfloat16" if dtype is torch.bfloat16 else "")
+    count = length // CHUNK
+    tokens = torch.randn(1, HEADS, length, HEAD_DIM, device=DEVICE, dtype=dtype)
+    rotations = torch.randn(HEADS, HEAD_DIM, ROUNDS, count // 2, device=DEVICE)
+
+    def ours(x: Tensor) -> Tensor:
+        with use_backend("reference") if how == "reference" else nullcontext():
+            return lsh_buckets(x, rotations, num_buckets=count).float()
+
+    def peer(x: Tensor) -> Tensor:
+        reformer = pytest.importorskip("reformer_pytorch.reformer_pytorch")
+        theirs = reformer.LSHAttention(bucket_size=CHUNK, n_hashes=ROUNDS, causal=True)
+        return theirs.hash_vectors(count, x.flatten(0, 1)).float()
+
+    flops = ROUNDS * HEADS * length * HEAD_DIM * count
+    benchmark_op(peer if how == "reformer-pytorch" else ours, [tokens], backward=False, flops=flops)
 
 
 def reformer_pytorch(ours: LSHAttention, buckets: Tensor, count: int) -> nn.Module:
@@ -136,7 +188,7 @@ def bench_lsh_attention_layer(benchmark, benchmark_op, how, peer, length, direct
     nn.init.normal_(layer.query_key.weight, std=dim**-0.5)  # queries of order one
     tokens = torch.randn(1, length, dim, device=DEVICE)
     with torch.no_grad():
-        buckets, _ = layer._hash(layer._split(layer.query_key(tokens)), None)
+        buckets, _ = layer._hash(split_heads(layer.query_key(tokens), HEADS), None)
     theirs = peer(layer, buckets, count)
 
     def ours(x: Tensor) -> Tensor:

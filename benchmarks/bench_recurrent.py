@@ -1,10 +1,11 @@
-"""Recurrent networks beside torch.nn's with the same weights: in one call, as a loop, and ragged."""
+"""Recurrent networks beside torch.nn's with the same weights: in one call, as a loop, ragged; variants."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
-from lamina.kernels import use_backend
+from lamina.kernels import attentive_gru, use_backend
 from lamina.layers import GRUCell, LSTMCell, Recurrent
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -76,20 +77,90 @@ def bench_ragged(benchmark, benchmark_op, kind, how, direction):
     )
 
 
+VARIANTS = {
+    "peepholes": {"peepholes": True},
+    "layer norm": {"layer_norm": True},
+    "both, projected": {"peepholes": True, "layer_norm": True, "projection_dim": 64},
+}
+
+
 @directions
-@pytest.mark.parametrize("how", ["lamina", "cell by cell"])
-def bench_peepholes(benchmark, benchmark_op, how, direction):
-    """No routine has peepholes: what taking the input's share of all steps at once saves."""
-    batch, steps, dim = SIZES["B8-T100-H128"]
-    benchmark.group = f"Recurrent peepholes {direction}"
-    network = Recurrent(partial(LSTMCell, peepholes=True), dim, dim).to(DEVICE)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("how", ["triton", "torch", "compiled", "cell by cell"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def bench_variants(benchmark, benchmark_op, variant, how, sizes, direction):
+    """LSTMs that no routine runs. On a GPU the first calls record CUDA graphs, before anything is timed."""
+    batch, steps, dim = sizes
+    if how == "triton" and DEVICE == "cpu":
+        pytest.skip("Triton needs a CUDA device")
+    if how == "compiled" and (DEVICE == "cpu" or steps > 50):
+        pytest.skip("an unrolled loop takes minutes to compile")
+    benchmark.group = f"Recurrent {variant} {sizes} {direction}"
+    network = Recurrent(partial(LSTMCell, **VARIANTS[variant]), dim, dim).to(DEVICE)
     backward = direction == "forward+backward"
-    with use_backend("torch" if how == "lamina" else "reference"):
-        benchmark_op(
-            lambda input: network(input)[0],
-            [torch.randn(batch, steps, dim)],
-            backward=backward,
-            parameters=list(network.parameters()) if backward else (),
-            reference=lambda input: network(input)[0],
-            flops=flops("lstm", batch, steps, dim, direction),
-        )
+    # From a state of zero, a layer norm divides rounding errors by next to nothing; and with products as
+    # large as it makes them, a hundred steps are chaos. Neither can be compared.
+    state = tuple(torch.randn_like(part) for part in network.initial_state(batch))
+    for name, parameter in network.named_parameters():
+        if name.endswith("gain_hh"):
+            torch.nn.init.constant_(parameter, 0.1)
+
+    def run(backend: str, input: torch.Tensor) -> torch.Tensor:
+        with use_backend(backend):
+            return network(input, state=state)[0]
+
+    loop = partial(run, "reference")
+    operation = {
+        "compiled": torch.compile(loop) if how == "compiled" else loop,
+        "cell by cell": loop,
+    }.get(how) or partial(run, how)
+    outputs, b = network.output_dim, torch.finfo(torch.float32).bits // 8
+    products = batch * steps * 8 * dim * (dim + outputs) + 2 * batch * steps * dim * (outputs % dim)
+    # Of a step the recurrent weights are read, which stay in a cache, and what it has of its own.
+    once = batch * steps * (dim + 4 * dim + outputs) * b + 4 * dim * (dim + outputs) * b
+    benchmark_op(
+        operation,
+        [torch.randn(batch, steps, dim)],
+        backward=backward,
+        parameters=list(network.parameters()) if backward else (),
+        reference=loop,
+        reference_parameters=list(network.parameters()) if backward else (),
+        flops=(3 if backward else 1) * products,
+        bytes_moved=(3 if backward else 1) * once,
+    )
+
+
+# T, B, H, C, A, S: a small decoder, and the paper's with 50 words a sentence.
+DECODERS = {
+    "B32-T20-S20-H128": (20, 32, 128, 256, 128, 20),
+    "B80-T50-S50-H1000": (50, 80, 1000, 2000, 1000, 50),
+}
+
+
+@directions
+@pytest.mark.parametrize("sizes", DECODERS.values(), ids=DECODERS)
+@pytest.mark.parametrize("how", ["triton", "torch", "compiled", "step by step"])
+def bench_attentive_gru(benchmark, benchmark_op, how, sizes, direction):
+    """A decoder that attends at every step, with teacher forcing."""
+    T, B, H, C, A, S = sizes
+    if DEVICE == "cpu" and (how in ("triton", "compiled") or H > 128):
+        pytest.skip("for a CUDA device")
+    benchmark.group = f"attentive_gru {sizes} {direction}"
+    shapes = [(T, B, 3 * H), (B, H), (3 * H, H), (3 * H, C), (A, H), (B, S, A), (B, S, C), (A,)]
+
+    def run(backend: str, *inputs: torch.Tensor) -> torch.Tensor:
+        with use_backend(backend):
+            states, contexts, _ = attentive_gru(*inputs)
+        return torch.cat([states, contexts], -1)
+
+    loop, backward = partial(run, "reference"), direction == "forward+backward"
+    operations = {"compiled": torch.compile(loop), "step by step": loop}
+    products = 2 * T * B * (3 * H * (H + C) + A * H + S * (A + C))
+    benchmark_op(
+        operations.get(how) or partial(run, how),
+        [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes],
+        backward=backward,
+        reference=loop,
+        flops=(3 if backward else 1) * products,
+        bytes_moved=(3 if backward else 1) * 4 * sum(math.prod(shape) for shape in shapes),
+    )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import as_autocast
 from ._second_order import transformed, twice_differentiable
 from ._tiled_attention import tiled_attention
 from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
@@ -350,14 +351,6 @@ def kernel_bias(
     of_queries = score_bias.query_positions.to(torch.int32).contiguous()
     of_keys = score_bias.key_positions.to(torch.int32).contiguous()
     return score_bias.table.contiguous(), of_queries, of_keys, None, 0
-
-
-def as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """In autocast's dtype, which a registered operation does not get by itself."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
 def _in_four_dimensions(

@@ -5,19 +5,32 @@
 where the samples of scale s are one pixel apart and their square of size 2^s on a side is centred on the
 location.
 
-No kernel of its own yet. Samples one pixel apart make a patch separable: two small matrix products an image.
-Where there is nothing to average, at one scale, PyTorch's `grid_sample` is faster on a CPU.
+Samples one pixel apart make a patch separable. PyTorch's path is two small matrix products an image; where
+there is nothing to average, at one scale, `grid_sample` is faster on a CPU. The kernel has a cell read its
+(2^s + 1)^2 pixels, in one launch for all scales, and in the backward pass a pixel its cells, of which there
+are at most four a scale.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Refusals, choose, forward_derivatives, operation
+from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
+
+_KERNEL_SCALES = 6  # a cell of the widest takes 33 x 33 pixels
 
 
 def _refusals(images: Tensor, locations: Tensor, size: int, num_scales: int = 1) -> Refusals:
-    return {"triton": "there is no fused kernel of this operation yet"}
+    refusals: Refusals = {}
+    if (reason := triton_refusal(images, locations)) is not None:
+        refusals["triton"] = reason
+    elif images.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        refusals["triton"] = f"the kernel has no {images.dtype}"
+    elif forced_backend() is None and torch.float64 in (images.dtype, locations.dtype):
+        refusals["triton"] = "of float64 the kernel is made for tests"
+    elif forced_backend() is None and num_scales > _KERNEL_SCALES:
+        refusals["triton"] = f"of more than {_KERNEL_SCALES} scales two products are fewer operations"
+    return refusals
 
 
 @operation(_refusals)
@@ -37,8 +50,10 @@ def extract_glimpses(images: Tensor, locations: Tensor, size: int, num_scales: i
 
     Time O(B C T size num_scales H (W + size)), memory O(B T size num_scales (H + W) + B C T H size
     num_scales), in two matrix products; the definition takes a sample a pixel, and so does PyTorch's
-    `grid_sample`, which a CPU runs at one scale where no gradient is wanted. All are deterministic on a CPU,
-    and differentiable in the images any number of times.
+    `grid_sample`, which a CPU runs at one scale where no gradient is wanted. The kernel takes time
+    O(B C T size² 4^num_scales), backward O(B C T num_scales H W), and no memory beyond its output. It has no
+    atomics: it is deterministic, as all are on a CPU. All are differentiable in the images any number of
+    times, the kernel by itself; a forward-mode derivative takes the definition or the products.
 
     Args:
         images: (B, C, H, W).
@@ -66,16 +81,22 @@ def extract_glimpses(images: Tensor, locations: Tensor, size: int, num_scales: i
     _check(images, locations)
     locations = locations.detach()
     several = locations if locations.ndim == 3 else locations.unsqueeze(1)
-    if choose("extract_glimpses", _refusals(images, locations, size, num_scales)) == "torch":
-        path = _by_grid_sample if _samples_do(images, several, num_scales) else _by_products
-        glimpses = path(images, several, size, num_scales)
+    path = choose("extract_glimpses", _refusals(images, locations, size, num_scales))
+    if path == "triton":
+        from .fused import extract_glimpses as fused
+
+        wide = torch.promote_types(several.dtype, torch.float32)
+        glimpses = fused.extract_glimpses(images, several.to(wide), size, num_scales)
+    elif path == "torch":
+        way = _by_grid_sample if _samples_do(images, several, num_scales) else _by_products
+        glimpses = way(images, several, size, num_scales)
     else:
         glimpses = extract_glimpses_reference(images, several, size, num_scales)
     return glimpses if locations.ndim == 3 else glimpses.squeeze(1)
 
 
 def extract_glimpses_reference(images: Tensor, locations: Tensor, size: int, num_scales: int) -> Tensor:
-    """The definition, in PyTorch, of `locations` (B, T, 2): what the other path is tested against."""
+    """The definition, in PyTorch, of `locations` (B, T, 2): what the other paths are tested against."""
     x, y = _pixels(images, locations)
     scales = []
     for scale in range(num_scales):

@@ -8,27 +8,35 @@ the chunks beside it. With V(i) the pairs of a round and of another token that t
 and out[i] = value[i] where V(i) is empty: a token attends to itself only where it sees no other. This is the
 limit of the original's -1e5 on the diagonal, taken exactly. The length |x| is sqrt(x . x + 1e-6 D), as there.
 
-No kernel of its own yet: the definition walks over the rounds, so that it holds the scores of one at a time,
-and never has a length by length matrix.
+On a GPU kernels take the tokens from where they stand, write each round's outputs back to where they stand,
+and compute scores again for the gradients. The definition, which a CPU runs, is in `_lsh_rounds.py`.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Refusals, choose, operation
+from ._autocast import as_autocast
+from ._lsh_rounds import Options, attend, inverse, rounds, shares, sort_by_bucket
+from .backend import Refusals, choose, forced_backend, operation, triton_refusal
 from .checks import check_dropout, check_key_mask
 
 
 def _refusals(query_key: Tensor, value: Tensor, buckets: Tensor, **options: Any) -> Refusals:
-    return {
-        "triton": "there is no fused kernel of this operation yet",
-        "torch": "PyTorch has no routine for it: the definition is its fastest expression",
-    }
+    """By shapes, dtypes and devices alone: what a tensor holds, a GPU would have to be waited for."""
+    refusals: Refusals = {"torch": "PyTorch has no routine for it: the definition is its fastest expression"}
+    widest = max(query_key.shape[-1], value.shape[-1])
+    if (reason := triton_refusal(query_key, value, buckets)) is not None:
+        refusals["triton"] = reason
+    elif query_key.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        refusals["triton"] = f"the kernel has no {query_key.dtype}"
+    elif widest > 256:
+        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {widest}"
+    elif forced_backend() is None and query_key.dtype is torch.float64:
+        refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
+    return refusals
 
 
 @operation(_refusals)
@@ -51,9 +59,11 @@ def lsh_attention(
 ) -> Tensor:
     """Each token's mean of the values that its rounds of hashing let it see, by softmax over all rounds.
 
-    With chunks of c tokens and w = c (look_back + 1 + look_ahead): time O(R L w D), and a sort; memory
-    O(R L (w + D)) for the backward pass, O(L w + R L D) without one. Twice differentiable, the buckets taken
-    as given; deterministic.
+    With chunks of c tokens and w = c (look_back + 1 + look_ahead): time O(R L w D), and a sort. For a
+    backward pass the definition keeps O(R L (w + D)), the kernels O(R L + L D), and O(R L D) for as long as a
+    pass runs. Without one the definition needs O(L w + R L D). Twice differentiable, the buckets taken as
+    given, the kernels through the definition; a forward-mode derivative takes the definition. Every path is
+    deterministic: of a token's gradients in a round all come from one program, without atomics.
 
     Args:
         query_key: (B, H, L, D), at once the queries and, brought to unit length, the keys.
@@ -90,11 +100,12 @@ def lsh_attention(
         >>> lsh_attention(query_key, value, buckets, num_buckets=10, chunk_size=16).shape
         torch.Size([2, 3, 100, 8])
     """
-    options = _Options(
+    options = Options(
         num_buckets, chunk_size, look_back, look_ahead, circular, same_bucket, deduplicate, is_causal, scale
     )
     _check(query_key, value, buckets, key_mask, dropout, options)
-    choose("lsh_attention", _refusals(query_key, value, buckets))  # to say why a forced path cannot run
+    if choose("lsh_attention", _refusals(query_key, value, buckets)) == "triton":
+        return _triton_path(query_key, value, buckets, key_mask, dropout, options)
     return lsh_attention_reference(
         query_key, value, buckets, key_mask=key_mask, dropout=dropout, **options._asdict()
     )
@@ -110,36 +121,27 @@ def lsh_attention_reference(
     **options: Any,
 ) -> Tensor:
     """The definition, in PyTorch: what every other path is tested against. Arguments as of the operation."""
-    heads, peaks, sums = [], [], []
-    for seen in _rounds(query_key, buckets, key_mask, _Options(**options)):
-        kept = F.dropout(seen.powers, dropout) if dropout else seen.powers
-        out = kept.to(value.dtype) @ _rows(value, seen.keys)
-        heads.append(_rows(out.flatten(2, 3), seen.places))
-        peaks.append(seen.peaks)
-        sums.append(seen.sums)
-    shares, alone = _shares(peaks, sums)
-    itself = F.dropout(alone.to(value.dtype), dropout) if dropout else alone
-    combined = value * itself.unsqueeze(-1)
-    for head, share in zip(heads, shares, strict=True):
-        combined = combined + head * share.unsqueeze(-1)
-    if key_mask is not None:
-        combined = combined.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return combined.to(value.dtype)
+    given, key_mask = Options(**options), _whole(key_mask, value)
+    order, labels = sort_by_bucket(buckets, key_mask, given)
+    dropped = (lambda weights, _: F.dropout(weights, dropout)) if dropout else None
+    return attend(query_key, value, order, labels, key_mask, given, dropped)
 
 
 def lsh_attention_weights(
     query_key: Tensor, buckets: Tensor, *, key_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The weights of `lsh_attention` over all rounds, dense: (B, H, L, L). A row sums to one, or to zero."""
-    _check(query_key, query_key, buckets, key_mask, 0.0, _Options(**options))
-    every = list(_rounds(query_key, buckets, key_mask, _Options(**options)))
-    shares, alone = _shares([seen.peaks for seen in every], [seen.sums for seen in every])
+    given = Options(**options)
+    _check(query_key, query_key, buckets, key_mask, 0.0, given)
+    key_mask = _whole(key_mask, query_key)
+    every = list(rounds(query_key, *sort_by_bucket(buckets, key_mask, given), key_mask, given))
+    parts, alone = shares([seen.peaks for seen in every], [seen.sums for seen in every])
     if key_mask is not None:
         hidden = ~key_mask.unsqueeze(1)
-        shares, alone = tuple(share.masked_fill(hidden, 0.0) for share in shares), alone & ~hidden
+        parts, alone = tuple(share.masked_fill(hidden, 0.0) for share in parts), alone & ~hidden
     length = query_key.shape[2]
-    dense = torch.diag_embed(alone.to(shares[0].dtype)).flatten(2)
-    for seen, share in zip(every, shares, strict=True):
+    dense = torch.diag_embed(alone.to(parts[0].dtype)).flatten(2)
+    for seen, share in zip(every, parts, strict=True):
         # Places behind the end of a round have no token, and keep a share of zero.
         sorted_share = torch.zeros_like(seen.queries, dtype=share.dtype).flatten(2)
         sorted_share = sorted_share.scatter(-1, seen.places, share).view(*seen.queries.shape, 1)
@@ -148,159 +150,48 @@ def lsh_attention_weights(
     return dense.view(*query_key.shape[:2], length, length).to(query_key.dtype)
 
 
-class _Options(NamedTuple):
-    """What the operation is given besides tensors; `lsh_attention` describes it."""
-
-    num_buckets: int
-    chunk_size: int
-    look_back: int = 1
-    look_ahead: int = 0
-    circular: bool = False
-    same_bucket: bool = False
-    deduplicate: bool = False
-    is_causal: bool = False
-    scale: float = 1.0
-
-
-class _Round(NamedTuple):
-    """What one round of n chunks of c tokens, each of which sees w keys, contributes."""
-
-    queries: Tensor  # (B, H, n, c), the token at each place
-    keys: Tensor  # (B, H, n, w), the tokens that it sees
-    places: Tensor  # (B, H, L), where each token stands in the round
-    powers: Tensor  # (B, H, n, c, w), exp(score - peak), 0 where a key takes no part
-    peaks: Tensor  # (B, H, L), so that no row of powers sums to more than 1
-    sums: Tensor  # (B, H, L), of the powers of each token
-
-
-def _rounds(
-    query_key: Tensor, buckets: Tensor, key_mask: Tensor | None, options: _Options
-) -> Iterator[_Round]:
-    """What the rounds contribute, one at a time: without gradients only one holds its scores."""
-    length = query_key.shape[2]
-    if length <= options.chunk_size:
-        options = options._replace(chunk_size=max(length, 1))
-        if not options.same_bucket:  # in one chunk everything sees everything, and every round is the first
-            buckets = buckets[:, :, :1]
-    rounds, size = buckets.shape[2], options.chunk_size
-    count = (length + size - 1) // size
-    order, places = _sorted(buckets, key_mask, options.num_buckets)
-    here = order  # `length` stands for: nothing is here that takes part
-    if key_mask is not None:
-        real = key_mask.sum(-1)[:, None, None, None]
-        here = order.masked_fill(torch.arange(length, device=order.device) >= real, length)
-    tokens = _chunked(here, count, size, filler=length)
-    seen = _beside(tokens, options).masked_fill(~_in_reach(rounds, count, options, order.device), length)
-    ids = buckets + options.num_buckets * torch.arange(rounds, device=order.device).unsqueeze(-1)
-    if options.same_bucket:
-        labels = _chunked(ids.gather(-1, order), count, size, filler=-1)
-        around = _beside(labels, options)
-    at, beside = tokens.int().unsqueeze(-1), seen.int().unsqueeze(-2)
-    queries_of, keys_of = tokens.clamp_max(length - 1), seen.clamp_max(length - 1)
-    unit = _unit(query_key, options.scale)
-    for r in range(rounds):
-        mine = slice(r * count, (r + 1) * count)
-        own, other = at[:, :, mine], beside[:, :, mine]
-        hidden = other >= own if options.is_causal else (other == own) | (other == length)
-        if options.same_bucket:
-            hidden = hidden | (labels[:, :, mine, :, None] != around[:, :, mine, None, :])
-        queries, keys = queries_of[:, :, mine], keys_of[:, :, mine]
-        scores = _rows(query_key, queries) @ _rows(unit, keys).transpose(-2, -1)
-        scores = scores.to(torch.promote_types(query_key.dtype, torch.float32))
-        if options.deduplicate:
-            scores = scores - _meetings(places, ids, queries, keys, count, options).clamp_min(1).log()
-        scores = scores.masked_fill_(hidden, -torch.inf)
-        # A constant, as the result does not depend on it: no gradient needs to follow the maximum.
-        peaks = scores.detach().amax(-1).clamp_min(torch.finfo(scores.dtype).min / 2)
-        peaks = peaks + math.log(keys.shape[-1])
-        powers = scores.sub_(peaks.unsqueeze(-1)).exp_()
-        where = places[:, :, r]
-        peaks, sums = (t.flatten(2).gather(-1, where) for t in (peaks, powers.sum(-1)))
-        yield _Round(queries, keys, where, powers, peaks, sums)
-
-
-def _shares(peaks: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What to multiply each round's powers with, each (B, H, L), and which tokens see no other in any."""
-    peak, total = torch.stack(list(peaks)), torch.stack(list(sums))
-    factors = (peak - peak.amax(0)).exp()
-    total = (factors * total).sum(0)
-    alone = total == 0
-    return (factors / total.masked_fill(alone, 1.0)).unbind(0), alone
-
-
-def _unit(query_key: Tensor, scale: float) -> Tensor:
-    """The keys: unit vectors, times the scale. In float32, as 1e-6 is nothing in float16."""
-    wide = query_key.to(torch.promote_types(query_key.dtype, torch.float32))
-    inverse = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    return (wide * (inverse * (scale * query_key.shape[-1] ** -0.5))).to(query_key.dtype)
-
-
-def _sorted(buckets: Tensor, key_mask: Tensor | None, num_buckets: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each round by bucket, then by position, and its inverse: where each token stands.
-
-    Those that take no part come last, in a bucket of their own. Each is (B, H, R, L).
-    """
-    if key_mask is not None:
-        buckets = buckets.masked_fill(~key_mask[:, None, None, :], num_buckets)
-    order = torch.argsort(buckets, dim=-1, stable=True)
-    positions = torch.arange(buckets.shape[-1], device=buckets.device).expand_as(order)
-    return order, torch.empty_like(order).scatter_(-1, order, positions)
-
-
-def _chunked(x: Tensor, count: int, size: int, filler: int) -> Tensor:
-    """(B, H, R, L) as (B, H, R n, c), all rounds' chunks, the last chunk of each filled up."""
-    filled = F.pad(x, (0, count * size - x.shape[3]), value=filler)
-    return filled.view(*x.shape[:2], x.shape[2] * count, size)
-
-
-def _beside(x: Tensor, options: _Options) -> Tensor:
-    """What the chunks beside each chunk, and itself, hold: (B, H, R n, w), all rounds in a ring."""
-    steps = range(-options.look_back, options.look_ahead + 1)
-    return torch.cat([x.roll(-step, dims=2) for step in steps], dim=-1)
-
-
-def _in_reach(rounds: int, count: int, options: _Options, device: torch.device) -> Tensor:
-    """Which places of `_beside` a chunk may see: (R n, w)."""
-    steps = torch.arange(-options.look_back, options.look_ahead + 1, device=device)
-    if options.circular:  # a ring shorter than the reach would come round to the same chunk twice
-        reach = (steps < rounds * count - options.look_back).expand(rounds * count, -1)
-    else:
-        chunk = torch.arange(count, device=device).unsqueeze(-1) + steps
-        reach = ((chunk >= 0) & (chunk < count)).repeat(rounds, 1)
-    return reach.unsqueeze(-1).expand(-1, -1, options.chunk_size).flatten(1)
-
-
-def _meetings(
-    places: Tensor, ids: Tensor, queries: Tensor, keys: Tensor, count: int, options: _Options
+def _triton_path(
+    query_key: Tensor,
+    value: Tensor,
+    buckets: Tensor,
+    key_mask: Tensor | None,
+    dropout: float,
+    options: Options,
 ) -> Tensor:
-    """In how many places each query sees each key, over all rounds: (B, H, n, c, w) of float32."""
-    rounds = places.shape[2]
-    chunk = places // options.chunk_size + count * torch.arange(rounds, device=places.device).unsqueeze(-1)
+    from .fused.lsh_attention import lsh_attention as fused
 
-    def of(x: Tensor, r: int, tokens: Tensor) -> Tensor:
-        return x[:, :, r].gather(-1, tokens.flatten(2)).view(tokens.shape)
+    key_mask = _whole(key_mask, value)
+    order, labels = sort_by_bucket(buckets, key_mask, options)
+    n_rounds, length = order.shape[2:]
+    size, back, ahead = options.chunk_size, options.look_back, options.look_ahead
+    count = (length + size - 1) // size
+    if options.circular and n_rounds * count <= back + ahead:
+        # A ring shorter than the reach: each of its chunks once, wherever one begins to count.
+        back = min(back, max(n_rounds * count, 1) - 1)
+        ahead = max(n_rounds * count, 1) - 1 - back
+    places = inverse(order).to(torch.int32) if options.deduplicate else None
+    seed = torch.randint(2**62, (1,), device=value.device) if dropout else None
+    out = fused(
+        *as_autocast(query_key, value),
+        order,
+        labels if options.same_bucket else None,
+        places,
+        key_mask,
+        size,
+        back,
+        ahead,
+        options.circular,
+        options.is_causal,
+        options.scale,
+        dropout,
+        seed,
+    )[0]
+    return out.to(value.dtype)
 
-    total = torch.zeros((), device=places.device)
-    for a in range(rounds):
-        # Only in a ring does a token of one round see a token of another.
-        for b in range(rounds) if options.circular else (a,):
-            distance = (
-                of(chunk, b, keys).unsqueeze(-2) - of(chunk, a, queries).unsqueeze(-1) + options.look_back
-            )
-            if options.circular:
-                distance = distance % (rounds * count)
-            meet = (distance >= 0) & (distance <= options.look_back + options.look_ahead)
-            if options.same_bucket:
-                meet = meet & (of(ids, b, keys).unsqueeze(-2) == of(ids, a, queries).unsqueeze(-1))
-            total = total + meet
-    return total
 
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, h, index[b, h, ...]]: an embedding's backward pass adds rows up faster than a gather's."""
-    batch, heads, length = x.shape[:3]
-    first = length * torch.arange(batch * heads, device=x.device).view(batch, heads, *[1] * (index.ndim - 2))
-    return F.embedding(index + first, x.flatten(0, 2))
+def _whole(key_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Of shape (B, L)."""
+    return None if key_mask is None else key_mask.expand(tokens.shape[0], tokens.shape[2])
 
 
 def _check(
@@ -309,7 +200,7 @@ def _check(
     buckets: Tensor,
     key_mask: Tensor | None,
     dropout: float,
-    options: _Options,
+    options: Options,
 ) -> None:
     if not (
         query_key.ndim == value.ndim == buckets.ndim == 4

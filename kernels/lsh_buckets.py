@@ -2,7 +2,8 @@
 
     bucket[r, i] = argmax([x[i] R[r]; -x[i] R[r]])
 
-No kernel of its own yet: one matrix product, and the maximum and minimum of its rows.
+The definition is one matrix product, and the maximum and minimum of its rows. The kernel takes the maximum of
+a tile of products where they come up, and writes none of them.
 """
 
 from collections.abc import Sequence
@@ -11,22 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Refusals, choose, operation
+from ._autocast import no_autocast
+from .backend import Refusals, choose, operation, triton_refusal
 
 
 def _refusals(query_key: Tensor, rotations: Tensor, **options: Any) -> Refusals:
-    return {
-        "triton": "there is no fused kernel of this operation yet",
-        "torch": "PyTorch has no routine for it: the definition is its fastest expression",
-    }
+    refusals: Refusals = {"torch": "PyTorch has no routine for it: the definition is its fastest expression"}
+    if (reason := triton_refusal(query_key, rotations)) is not None:
+        refusals["triton"] = reason
+    elif query_key.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        refusals["triton"] = f"the kernel has no {query_key.dtype}"
+    elif query_key.shape[-1] > 256:
+        refusals["triton"] = f"heads are at most 256 wide in the kernel, these {query_key.shape[-1]}"
+    return refusals
 
 
 @operation(_refusals)
 def lsh_buckets(query_key: Tensor, rotations: Tensor, *, num_buckets: int | Sequence[int]) -> Tensor:
     """The bucket of every token in every round, by angular hashing: argmax of [xR; -xR].
 
-    Time O(R L D n / 2) for n buckets. With a pair (n1, n2) there are n1 n2 buckets for the price of n1 + n2.
-    Buckets take no gradient.
+    Time O(R L D n / 2) for n buckets; memory O(R L n) in the definition, O(R L) in the kernel. With a pair
+    (n1, n2) there are n1 n2 buckets for the price of n1 + n2. Buckets take no gradient. Each path is
+    deterministic; where two directions are equally near to the last bit of a float32, paths may differ.
 
     Args:
         query_key: (B, H, L, D); only its direction matters.
@@ -52,24 +59,33 @@ def lsh_buckets(query_key: Tensor, rotations: Tensor, *, num_buckets: int | Sequ
     if any(n < 1 or (n % 2 and n != 1) for n in factors):
         raise ValueError(f"num_buckets must be even, or 1, got {num_buckets}")
     halves = [n // 2 for n in factors]
-    batch, heads, length, dim = query_key.shape
-    rounds, columns = rotations.shape[-2:]
+    (heads, dim), columns = (query_key.shape[1], query_key.shape[3]), rotations.shape[-1]
     if rotations.shape[0] not in (1, heads) or rotations.shape[1] != dim or columns != sum(halves):
         raise ValueError(
             f"rotations must be ({heads}, {dim}, R, {sum(halves)}) for {num_buckets} buckets, "
             f"got {tuple(rotations.shape)}"
         )
-    choose("lsh_buckets", _refusals(query_key, rotations))  # to say why a forced path cannot run
-    buckets = torch.zeros(batch, heads, rounds, length, dtype=torch.int64, device=query_key.device)
     precise = torch.promote_types(query_key.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(query_key.device.type, enabled=False):
-        turned = query_key.to(precise) @ rotations.to(precise).flatten(2)
-        turned = turned.view(batch, heads, length, rounds, columns)
-        stride = 1
-        for n, part in zip(factors, turned.split(halves, dim=-1), strict=True):
-            if n > 1:
-                (top, first), (bottom, last) = part.max(-1), part.min(-1)
-                nearest = torch.where(top >= -bottom, first, last + n // 2)
-                buckets = buckets + stride * nearest.transpose(2, 3)
-                stride = stride * n
+    path = choose("lsh_buckets", _refusals(query_key, rotations))
+    with torch.no_grad(), no_autocast(query_key.device.type):
+        if path == "triton":
+            from .fused.lsh_buckets import lsh_buckets as fused
+
+            return fused(query_key.detach(), rotations.detach().to(precise), factors)
+        return lsh_buckets_reference(query_key.to(precise), rotations.to(precise), factors)
+
+
+def lsh_buckets_reference(query_key: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
+    """The definition, in PyTorch: what the kernel is tested against, and the path on a CPU."""
+    batch, heads, length, _ = query_key.shape
+    rounds, columns = rotations.shape[-2:]
+    buckets = torch.zeros(batch, heads, rounds, length, dtype=torch.int64, device=query_key.device)
+    turned = (query_key @ rotations.flatten(2)).view(batch, heads, length, rounds, columns)
+    stride = 1
+    for n, part in zip(factors, turned.split([n // 2 for n in factors], dim=-1), strict=True):
+        if n > 1:
+            (top, first), (bottom, last) = part.max(-1), part.min(-1)
+            nearest = torch.where(top >= -bottom, first, last + n // 2)
+            buckets = buckets + stride * nearest.transpose(2, 3)
+            stride = stride * n
     return buckets

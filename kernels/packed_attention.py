@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autocast import as_autocast
 from .backend import Refusals, choose, operation
 from .checks import check_dropout, check_window
 from .dot_product_attention import (
     Window,
-    as_autocast,
     dot_product_attention,
     dot_product_attention_reference,
     kernel_bias,

@@ -24,6 +24,11 @@ def is_plain(cell: nn.Module) -> bool:
     )
 
 
+def has_sequence(cell: nn.Module) -> bool:
+    """Whether an operation runs all steps of this plain cell. An exported program has PyTorch's alone."""
+    return isinstance(cell, LSTMCell) and not torch.compiler.is_exporting()
+
+
 def refusal(cells: Sequence[Any]) -> str | None:
     """Why no routine can run these cells, or None where one can."""
     first = cells[0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import additive_scores
+from ..kernels import additive_attention, additive_scores
 from ..kernels.checks import check_bias
 from ..kernels.masking import masked_softmax, resolve_mask
 from .masking import attention_mask
@@ -16,7 +16,8 @@ class AdditiveAttention(nn.Module):
               \\quad o_i = \\sum_j a_{ij} x_j
 
     It has one head, and does not project the values: the paper's context is a mean of the annotations
-    themselves. Time O(Lq Lk hidden_dim); memory as that of `lamina.kernels.additive_scores`.
+    themselves. Time O(Lq Lk hidden_dim); memory as that of `lamina.kernels.additive_attention`, and
+    where weights are dropped as that of `lamina.kernels.additive_scores`.
 
     Args:
         query_dim: size of a query.
@@ -81,10 +82,21 @@ class AdditiveAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """The mean of the values under the attention weights, (B, Lq, D). Shapes as above."""
-        weights = self.weights(query, key, key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal)
         key = query if key is None else key
         value = key if value is None else value
-        return self.dropout(weights).to(value.dtype) @ value
+        if self.training and self.dropout.p:
+            weights = self.weights(query, key, key_mask=key_mask, mask=mask, bias=bias, is_causal=is_causal)
+            return self.dropout(weights).to(value.dtype) @ value
+        given = self._taking_part(query, key, key_mask, mask, bias)
+        return additive_attention(
+            self.query(query),
+            self.key(key),
+            self.energy.weight[0],
+            value,
+            mask=_without_heads(given),
+            bias=_without_heads(bias),
+            is_causal=is_causal,
+        )
 
     def weights(
         self,
@@ -98,15 +110,21 @@ class AdditiveAttention(nn.Module):
     ) -> Tensor:
         """The attention weights, (B, Lq, Lk): each row sums to one, or to zero with no key to attend."""
         key = query if key is None else key
-        self._check(query, key)
+        given = self._taking_part(query, key, key_mask, mask, bias)
         scores = additive_scores(self.query(query), self.key(key), self.energy.weight[0]).unsqueeze(1)
-        shape = (scores.shape[0], 1, scores.shape[2], scores.shape[3])
-        check_bias(bias, shape)
         if bias is not None:
             scores = scores + bias
-        given = attention_mask(key_mask, mask, shape)
-        taking_part = resolve_mask(given, bias, is_causal, shape[2], shape[3], query.device)
+        taking_part = resolve_mask(given, bias, is_causal, scores.shape[2], scores.shape[3], query.device)
         return masked_softmax(scores, taking_part).squeeze(1)
+
+    def _taking_part(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """Both masks as one, that broadcasts to (B, 1, Lq, Lk); all that is given, checked."""
+        self._check(query, key)
+        shape = (query.shape[0], 1, query.shape[1], key.shape[1])
+        check_bias(bias, shape)
+        return attention_mask(key_mask, mask, shape)
 
     def _check(self, query: Tensor, key: Tensor) -> None:
         for name, tensor, projection in ("query", query, self.query), ("key", key, self.key):
@@ -114,3 +132,8 @@ class AdditiveAttention(nn.Module):
                 raise ValueError(
                     f"{name} must be (B, L, {projection.in_features}), got {tuple(tensor.shape)}"
                 )
+
+
+def _without_heads(cells: Tensor | None) -> Tensor | None:
+    """(…, 1, Lq, Lk) as (…, Lq, Lk): there is one head."""
+    return cells.squeeze(1) if cells is not None and cells.ndim == 4 else cells

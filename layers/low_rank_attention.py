@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels import dot_product_attention
+from ..kernels import low_rank_attention
 from ..kernels.checks import check_dropout, check_key_mask
 from ..kernels.dot_product_attention import attention_weights
 from ._heads import head_size, join_heads, split_heads, start_projections
@@ -155,11 +155,11 @@ class LowRankAttention(nn.Module):
         k, v = self._keys_and_values(key, value, key_mask)
         # Linear columns lack only where there is no key at all: then all are zero, and so is what they give.
         linear = self.key_projection.kind == "linear"
-        heads = dot_product_attention(
+        heads = low_rank_attention(
             self._queries(query),
             k,
             v,
-            mask=None if linear else self._column_mask(key_mask),
+            key_mask=None if linear or key_mask is None else self.key_projection.column_mask(key_mask),
             dropout=self.dropout if self.training else 0.0,
         )
         return self.out(join_heads(heads))
@@ -202,7 +202,8 @@ class LowRankAttention(nn.Module):
         self._check(query, key, key, key_mask, is_causal)
         mixed = self._mixed(self.key_projection, key, key_mask)
         k = self._projected(self.key, self.key_projection, key, key_mask, mixed)
-        return attention_weights(self._queries(query), k, mask=self._column_mask(key_mask))
+        taken = None if key_mask is None else self.key_projection.column_mask(key_mask)[:, None, None]
+        return attention_weights(self._queries(query), k, mask=taken)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
@@ -257,9 +258,6 @@ class LowRankAttention(nn.Module):
                 columns = columns + (mixed[1] * linear.bias).to(columns.dtype)
             columns = columns.unsqueeze(1)
         return rearrange(columns, "b h k (g d) -> b (h g) k d", d=self.head_dim)
-
-    def _column_mask(self, key_mask: Tensor | None) -> Tensor | None:
-        return None if key_mask is None else self.key_projection.column_mask(key_mask)[:, None, None]
 
     def _check_projections(self) -> None:
         ours, theirs = self.key_projection, self.value_projection

@@ -51,10 +51,13 @@ class Recurrent(nn.Module):
 
     Both directions have their own cells; the backward one starts at each sequence's own last step, and the
     next layer sees the outputs of both (forward first). The definition is a loop over the cells. The standard
-    cells (`RNNCell`, `LSTMCell` without peepholes, `GRUCell` with `reset_after`) run as one call of PyTorch's
-    fused routine, cuDNN's on a GPU, as fast as `torch.nn.LSTM`; `fused_refusal` tells why others do not. The
-    loop runs also under `use_backend("reference")`, which second derivatives need, as not all routines have
-    them; and under `torch.compile` with gradients or `lengths`, unrolled over T as a routine would be there.
+    cells (`RNNCell`, a plain `LSTMCell`, `GRUCell` with `reset_after`) run as one call of PyTorch's fused
+    routine, cuDNN's on a GPU, as fast as `torch.nn.LSTM`; `fused_refusal` tells why others do not. An
+    `LSTMCell` with peepholes or layer normalisation runs as one `lamina.kernels.lstm_sequence` a layer and
+    direction, as does any under `torch.compile` with gradients or `lengths`, where no routine does; other
+    cells are unrolled over T there. The loop runs also under `use_backend("reference")`, which second
+    derivatives need where a routine runs, as not all routines have them; and in exported programs with
+    `lengths`, which consist of PyTorch's operations alone.
 
     With `lengths`, padding has no influence at all, whatever stands in it (NaN as well); on a GPU they cost a
     synchronisation unless they are on the CPU, where PyTorch wants them.
@@ -189,7 +192,8 @@ class Recurrent(nn.Module):
         # Time comes first inside, as in the routines: steps are contiguous, outputs laid out as theirs.
         mask, output, last = None, input.transpose(0, 1), []
         if lengths is not None:
-            mask = mask_from_lengths(lengths.to(input.device), input.size(1)).T
+            lengths = lengths.to(input.device)
+            mask = mask_from_lengths(lengths, input.size(1)).T
             output = _hide(output, mask)
         for layer in range(self.num_layers):
             if layer > 0:
@@ -201,7 +205,11 @@ class Recurrent(nn.Module):
                 step, inputs = cell, output
                 if not by_definition and fused.is_plain(cell):  # the input's share in all steps at once
                     step, inputs = cell.step, cell.project(output)
-                side, after = _scan(step, inputs, mask, before, backward=direction == 1)
+                side: Tensor | None
+                if inputs is not output and fused.has_sequence(cell):
+                    side, after = cell.sequence(inputs, before, lengths, reverse=direction == 1)
+                else:
+                    side, after = _scan(step, inputs, mask, before, backward=direction == 1)
                 sides.append(
                     side if side is not None else output.new_zeros(*output.shape[:2], cell.output_dim)
                 )

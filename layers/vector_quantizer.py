@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from ..kernels import nearest_code
+from ..kernels import code_sums, nearest_code
 
 _RESTART_DECAY = 0.99  # of the usage that restarts go by, where the codebook itself has no moving average
 
@@ -69,8 +69,9 @@ class VectorQuantizer(nn.Module):
     by default (with `rotation_trick=False` it is this one), and has a loss in training only, the second term;
     where its codebook learns by gradient, one mean square stands for both terms, with the gradients of
     `commitment=1`. It counts from N = 1 too, and restarts as here.
-    Time O(N K D) for N vectors, memory O(N D): see `lamina.kernels.nearest_code`. Deterministic given the
-    seed on a CPU; on a GPU the sums follow `torch.use_deterministic_algorithms`.
+    Time O(N K D) for N vectors, memory O(N D): see `lamina.kernels.nearest_code`; the sums are
+    `lamina.kernels.code_sums`. Deterministic given the seed, with a codebook that learns by gradient on a GPU
+    under `torch.use_deterministic_algorithms`.
 
     Args:
         num_codes: K.
@@ -216,8 +217,7 @@ class VectorQuantizer(nn.Module):
         decay = _RESTART_DECAY if self.ema_decay is None else self.ema_decay
         self.ema_count.lerp_(counts, 1 - decay)
         if self.ema_sum is not None:
-            taken = rows if taking_part is None else rows.masked_fill(~taking_part.unsqueeze(-1), 0)
-            sums = torch.zeros_like(self.ema_sum).index_add_(0, indices, taken.to(self.ema_sum.dtype))
+            sums = code_sums(rows.to(self.ema_sum.dtype), indices, self.num_codes, mask=taking_part)
             self.ema_sum.lerp_(_summed(sums), 1 - decay)
             total = self.ema_count.sum()
             smoothed = (self.ema_count + self.eps) / (total + self.num_codes * self.eps) * total

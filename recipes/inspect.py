@@ -155,7 +155,16 @@ def _empty(*shapes: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:
 
 # A test holds that every operation has its call here.
 TYPICAL_CALLS: dict[str, Callable[[torch.device], list[Any]]] = {
+    "additive_attention": _empty((2, 16, 64), (2, 16, 64), (64,), (2, 16, 32)),
     "additive_scores": _empty((2, 16, 64), (2, 16, 64), (64,)),
+    "code_sums": lambda device: [
+        torch.zeros(256, 64, device=device),
+        torch.zeros(256, dtype=torch.int64, device=device),
+        1024,
+    ],
+    "attentive_gru": _empty(
+        (16, 4, 192), (4, 64), (192, 64), (192, 32), (48, 64), (4, 20, 48), (4, 20, 32), (48,)
+    ),
     "deformable_sampling": lambda device: [
         torch.zeros(2, 24, 4, 16, device=device),
         [(4, 6)],
@@ -165,8 +174,10 @@ TYPICAL_CALLS: dict[str, Callable[[torch.device], list[Any]]] = {
     "dot_product_attention": _empty(*[(2, 4, 256, 64)] * 3),
     "extract_glimpses": lambda device: [*_empty((2, 1, 28, 28), (2, 2))(device), 8],
     "local_attention": _empty(*[(2, 4, 256, 64)] * 3),
+    "low_rank_attention": _empty((2, 4, 256, 64), (2, 4, 64, 64), (2, 4, 64, 64)),
     "lsh_attention": _empty((2, 4, 256, 64), (2, 4, 256, 64), (2, 4, 4, 256)),
     "lsh_buckets": _empty((2, 4, 256, 64), (4, 64, 4, 4)),
+    "lstm_sequence": _empty((16, 4, 256), (256, 64)),
     "nearest_code": _empty((256, 64), (1024, 64)),
     "packed_attention": lambda device: [
         *_empty(*[(256, 4, 64)] * 3)(device),

@@ -1,23 +1,36 @@
-"""Triton kernels of `lamina.kernels.additive_scores`, forward and backward."""
+"""Triton kernels of `lamina.kernels.additive_scores`, forward and backward: their registration.
+
+Nothing is kept but the inputs: the backward pass walks over all pairs again, once for each side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..additive_scores import additive_scores_reference
+from ._additive_kernels import backward_kernel, scores_kernel
+from ._additive_launch import Tokens, accumulator, by_token, by_unit, tiles, units_of
 
 
 @torch.library.custom_op("lamina::additive_scores", mutates_args=())
 def additive_scores(query: Tensor, key: Tensor, energy: Tensor) -> Tensor:
-    batch, n_query, hidden = query.shape
-    n_key = key.shape[1]
-    scores = query.new_empty(batch, n_query, n_key)
-    block = 32
-    grid = (triton.cdiv(n_query, block), triton.cdiv(n_key, block), batch)
-    _forward_kernel[grid](
-        query, key, energy, scores, n_query, n_key, hidden, block, _accumulator(query.dtype)
-    )
+    """(B, Lq, Lk), in the dtype of the query. The inputs are as of the public operation, and dense."""
+    batch, queries, hidden = query.shape
+    keys = key.shape[1]
+    scores = query.new_empty(batch, queries, keys)
+    tile = tiles(batch, queries, keys)
+    programs = batch * triton.cdiv(queries, tile.rows) * triton.cdiv(keys, tile.columns)
+    if programs:
+        of_query, of_key = by_unit(query), by_unit(key)
+        with torch.cuda.device_of(query):
+            scores_kernel[(programs,)](
+                of_query, of_key, energy, scores, queries, keys, hidden,
+                units_of(hidden), ROWS=tile.rows, COLUMNS=tile.columns,
+                ACC=accumulator(query.dtype)[1], num_warps=tile.warps,
+            )  # fmt: skip
     return scores
 
 
@@ -28,100 +41,64 @@ def _(query: Tensor, key: Tensor, energy: Tensor) -> Tensor:
 
 @torch.library.custom_op("lamina::additive_scores_backward", mutates_args=())
 def additive_scores_backward(
-    grad: Tensor, query: Tensor, key: Tensor, energy: Tensor
+    grad: Tensor, needed: Sequence[bool], query: Tensor, key: Tensor, energy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_energy = _one_side(grad, query, key, energy)
-    grad_key, _ = _one_side(grad.transpose(1, 2), key, query, energy)
-    return grad_query, grad_key, grad_energy
+    """Gradients of query, key and energy: of what is not `needed`, nothing to read."""
+    d_query, d_key, d_energy = (query.new_empty(0) for _ in range(3))
+    if not any(needed):
+        return d_query, d_key, d_energy
+    of_query, of_key = by_token(query), by_token(key)
+    if needed[1]:
+        d_key, d_energy = _one_side(grad.mT, of_key, of_query, energy, needed[2] and not needed[0])
+    if needed[0] or not needed[1]:  # either side has the energy's gradient with its own
+        of_tokens, d_energy = _one_side(grad, of_query, of_key, energy, needed[2])
+        d_query = of_tokens if needed[0] else d_query
+    return d_query, d_key, d_energy
 
 
 @additive_scores_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(energy)
+def _(grad: Tensor, needed: Sequence[bool], query: Tensor, key: Tensor, energy: Tensor) -> tuple[Tensor, ...]:
+    given = zip(needed, (query, key, energy), strict=True)
+    return tuple(t.new_empty(t.shape) if wanted else query.new_empty(0) for wanted, t in given)
 
 
-def _one_side(grad: Tensor, rows: Tensor, columns: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the side that `rows` is on, and of `energy`; the scores are symmetric in the two."""
-    batch, n_rows, hidden = rows.shape
-    n_columns = columns.shape[1]
-    block_rows, block_hidden = 32, 32
-    n_blocks = triton.cdiv(n_rows, block_rows)
-    grad_rows = torch.empty_like(rows)
-    exact = rows.dtype is torch.float64
-    grad_energy = energy.new_empty(batch, n_blocks, hidden, dtype=torch.float64 if exact else torch.float32)
-    grid = (n_blocks, triton.cdiv(hidden, block_hidden), batch)
-    _backward_kernel[grid](
-        grad, *grad.stride(), rows, columns, energy, grad_rows, grad_energy,
-        n_rows, n_columns, hidden, block_rows, block_hidden, _accumulator(rows.dtype),
-    )  # fmt: skip
-    return grad_rows, grad_energy.sum((0, 1)).to(energy.dtype)
+def _one_side(
+    grad: Tensor, rows: Tokens, columns: Tokens, energy: Tensor, of_energy: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `rows`, and of the energy where it is wanted: summed by tiles, then over the tiles."""
+    batch, n_rows, hidden = rows.plain.shape
+    n_columns = columns.plain.shape[1]
+    # Rows, hidden units and warps: eight elements a thread.
+    block, units, warps = 16, 64, 4
+    n_tiles = triton.cdiv(n_rows, block)
+    wide, acc = accumulator(rows.plain.dtype)
+    d_rows = torch.empty_like(rows.plain)
+    d_energy = energy.new_empty(batch, n_tiles, hidden, dtype=wide) if of_energy else None
+    programs = batch * n_tiles * triton.cdiv(hidden, units)
+    if programs:
+        with torch.cuda.device_of(energy):
+            backward_kernel[(programs,)](
+                grad, *grad.stride(), rows, columns, energy, d_rows, d_energy, n_rows, n_columns, hidden,
+                ROWS=block, UNITS=units, COLUMNS=256, ACC=acc, num_warps=warps,
+            )  # fmt: skip
+    if d_energy is None:
+        return d_rows, energy.new_empty(0)
+    return d_rows, d_energy.sum((0, 1)).to(energy.dtype)
 
 
-def _save_inputs(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph: a second derivative is wanted, which the reference has
-        return torch.autograd.grad(additive_scores_reference(*inputs), inputs, grad, create_graph=True)
-    return additive_scores_backward(grad, *inputs)
+    if torch.is_grad_enabled():  # create_graph: a second derivative is wanted, which the definition has
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        out = additive_scores_reference(*inputs)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+    gradients = additive_scores_backward(grad, list(ctx.needs_input_grad), *inputs)
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
-additive_scores.register_autograd(_backward, setup_context=_save_inputs)
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype is torch.float64 else tl.float32
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def _forward_kernel(
-    query, key, energy, scores, n_query, n_key, hidden, BLOCK: tl.constexpr, ACC: tl.constexpr
-):
-    """One (BLOCK, BLOCK) tile of scores."""
-    batch = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    query += (batch * n_query + i) * hidden
-    key += (batch * n_key + j) * hidden
-    tile = tl.zeros((BLOCK, BLOCK), ACC)
-    for h in range(hidden):
-        q = tl.load(query + h, mask=i < n_query, other=0.0).to(ACC)
-        k = tl.load(key + h, mask=j < n_key, other=0.0).to(ACC)
-        tile += tl.load(energy + h).to(ACC) * _tanh(q[:, None] + k[None, :])
-    at = (batch * n_query + i[:, None]) * n_key + j[None, :]
-    tl.store(scores + at, tile, mask=(i[:, None] < n_query) & (j[None, :] < n_key))
-
-
-@triton.jit
-def _backward_kernel(
-    grad, grad_batch, grad_row, grad_column, rows, columns, energy, grad_rows, grad_energy,
-    n_rows, n_columns, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """One (BLOCK_ROWS, BLOCK_HIDDEN) tile of the rows' gradient, and its part of the energy's."""
-    batch = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    h = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    tile = (i[:, None] < n_rows) & (h[None, :] < hidden)
-    at = (batch * n_rows + i[:, None]) * hidden + h[None, :]
-    row = tl.load(rows + at, mask=tile, other=0.0).to(ACC)
-    to_rows = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), ACC)
-    to_energy = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), ACC)
-    for j in range(n_columns):
-        column = tl.load(columns + (batch * n_columns + j) * hidden + h, mask=h < hidden, other=0.0)
-        g = tl.load(
-            grad + batch * grad_batch + i * grad_row + j * grad_column, mask=i < n_rows, other=0.0
-        ).to(ACC)[:, None]
-        t = _tanh(row + column.to(ACC)[None, :])
-        to_rows += g * (1 - t * t)
-        to_energy += g * t
-    e = tl.load(energy + h, mask=h < hidden, other=0.0).to(ACC)
-    tl.store(grad_rows + at, to_rows * e[None, :], mask=tile)
-    part = (batch * tl.num_programs(0) + tl.program_id(0)) * hidden + h
-    tl.store(grad_energy + part, tl.sum(to_energy, 0), mask=h < hidden)
+additive_scores.register_autograd(_backward, setup_context=_setup_context)

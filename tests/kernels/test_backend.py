@@ -97,7 +97,7 @@ def test_explains_without_running():
 def test_explains_the_operation_that_it_is_asked_of():
     query = torch.randn(1, 2, 60, 4)
     assert explain(dot_product_attention, query, query, query, is_causal=True).chosen == "torch"
-    with pytest.raises(ValueError, match=r"operation must be one of additive_scores, .*got 'relu'"):
+    with pytest.raises(ValueError, match=r"operation must be one of additive_attention, .*got 'relu'"):
         explain(torch.relu, query)
 
 

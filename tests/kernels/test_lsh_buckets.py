@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import lsh_buckets
+from lamina.kernels import explain, lsh_buckets, use_backend
 
 seeds = st.integers(0, 2**31)
 
@@ -85,3 +85,118 @@ def test_takes_no_gradient():
 def test_bad_input_is_named(rotations, num_buckets, message):
     with pytest.raises(ValueError, match=message):
         lsh_buckets(torch.zeros(2, 3, 11, 5), torch.zeros(rotations), num_buckets=num_buckets)
+
+
+# --- the kernel
+
+
+def nearest_by_error(x, rotations, num_buckets, buckets) -> float:
+    """By how much at the most the chosen direction misses the nearest, relative to the longest product."""
+    factors = [num_buckets] if isinstance(num_buckets, int) else num_buckets
+    turned = torch.einsum("bhld,hdrm->bhrlm", x.double(), rotations.double().expand(x.shape[1], -1, -1, -1))
+    worst, stride, at = 0.0, 1, 0
+    for n in factors:
+        part = turned[..., at : at + n // 2]
+        if n > 1:
+            both = torch.cat([part, -part], -1)
+            chosen = both.gather(-1, (buckets // stride % n).unsqueeze(-1)).squeeze(-1)
+            worst = max(worst, ((both.amax(-1) - chosen) / both.abs().amax()).max().item())
+        stride, at = stride * n, at + n // 2
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("sizes", "num_buckets", "shared"),
+    [
+        ((2, 3, 37, 24, 2), 10, False),
+        ((1, 2, 70, 64, 3), 140, True),
+        ((1, 1, 1, 5, 1), (4, 6), False),
+        ((1, 1, 33, 16, 2), (2, 1, 130), False),
+        ((1, 1, 20, 200, 1), 70, False),
+        ((1, 1, 9, 8, 2), 1, False),
+        ((0, 2, 9, 8, 2), 4, False),
+        ((2, 2, 0, 8, 2), 4, False),
+    ],
+    ids=str,
+)
+def test_kernel_finds_the_nearest_direction(sizes, num_buckets, shared, dtype, kernels_device):
+    batch, heads, length, dim, rounds = sizes
+    columns = sum(n // 2 for n in ([num_buckets] if isinstance(num_buckets, int) else num_buckets))
+    x = torch.randn(batch, heads, length, dim, dtype=dtype)
+    rotations = torch.randn(1 if shared else heads, dim, rounds, columns)
+    with use_backend("triton"):
+        assert explain(lsh_buckets, x, rotations, num_buckets=num_buckets).chosen == "triton"
+        buckets = lsh_buckets(x, rotations, num_buckets=num_buckets)
+    assert buckets.dtype is torch.int64
+    assert buckets.shape == (batch, heads, rounds, length)
+    if buckets.numel():
+        assert nearest_by_error(x, rotations, num_buckets, buckets) < (
+            1e-13 if dtype is torch.float64 else 1e-6
+        )
+        product = num_buckets if isinstance(num_buckets, int) else np.prod(num_buckets)
+        assert 0 <= buckets.min() <= buckets.max() < product
+
+
+@given(seed=seeds)
+def test_kernel_takes_the_first_of_equals(kernels_device, seed):
+    """Rotations of few values, so that sums are exact and ties are many; a zero is equal to all."""
+    torch.manual_seed(seed)
+    x, rotations = torch.randint(-1, 2, (1, 1, 40, 3)).float(), torch.randint(-1, 2, (1, 3, 1, 70)).float()
+    turned = torch.einsum("bhld,hdrm->bhrlm", x, rotations)
+    with use_backend("triton"):
+        buckets = lsh_buckets(x, rotations, num_buckets=140)
+    expected = torch.cat([turned, -turned], -1).cpu().numpy().argmax(-1)
+    assert np.array_equal(buckets.cpu(), expected)
+
+
+def test_kernel_takes_any_stride(kernels_device):
+    x, rotations = torch.randn(2, 21, 3, 16), torch.randn(16, 2, 3, 4)
+    given = x.transpose(1, 2), rotations.permute(2, 0, 1, 3)
+    with use_backend("triton"):
+        expected = lsh_buckets(*(t.contiguous() for t in given), num_buckets=8)
+        assert torch.equal(lsh_buckets(*given, num_buckets=8), expected)
+        assert torch.equal(
+            lsh_buckets(x.mT.contiguous().mT.transpose(1, 2), given[1], num_buckets=8), expected
+        )
+        sliced = torch.randn(3, 16, 2, 8)[..., ::2]
+        assert torch.equal(
+            lsh_buckets(given[0], sliced, num_buckets=8), lsh_buckets(given[0], sliced.clone(), num_buckets=8)
+        )
+
+
+def test_kernel_is_registered_and_compiles_whole(kernels_device):
+    from lamina.kernels.fused.lsh_buckets import lsh_buckets as fused
+
+    x, rotations = torch.randn(1, 2, 21, 16), torch.randn(2, 16, 3, 5)
+    torch.library.opcheck(fused, [x, rotations, [4, 6]])
+    with use_backend("triton"):
+        for dynamic in False, True:
+            compiled = torch.compile(
+                lambda x: lsh_buckets(x, rotations, num_buckets=(4, 6)),
+                fullgraph=True, dynamic=dynamic, backend="aot_eager",
+            )  # fmt: skip
+            given = x.clone().requires_grad_()
+            assert torch.equal(compiled(given), lsh_buckets(x, rotations, num_buckets=(4, 6)))
+            with torch.autocast(kernels_device, torch.bfloat16):
+                assert torch.equal(lsh_buckets(given, rotations, num_buckets=(4, 6)), compiled(given))
+
+
+def test_explain_says_why():
+    with use_backend("triton"):
+        found = explain(lsh_buckets, torch.empty(1, 1, 2, 300), torch.empty(1, 300, 1, 1), num_buckets=2)
+        assert "at most 256 wide" in found.refusals["triton"]
+        found = explain(lsh_buckets, torch.empty(1, 1, 2, 3).int(), torch.empty(1, 3, 1, 1), num_buckets=2)
+        assert "has no torch.int32" in found.refusals["triton"]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("bfloat16-64", "float32-64"), pytest.param(("float16-128", "bfloat16-256"), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_kernel_compiles_for_hopper(for_sm90, kinds):
+    for kernel in for_sm90("lsh_attention.py", *(f"{kind}-buckets" for kind in kinds)):
+        assert kernel["kernel"] == "buckets_kernel"
+        assert kernel["atomics"] == 0
+        assert kernel["tensor_cores"] > 0

@@ -20,13 +20,25 @@ def by_formula(cell, x, h, c):
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
 
+    def normalised(y):
+        return (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+
+    def products(weights, vectors, gain):
+        """Of every gate; with layer normalisation over all of them together."""
+        all_gates = np.concatenate([np.einsum("hi,bi->bh", weights[gate], vectors) for gate in "ifgo"], -1)
+        all_gates = normalised(all_gates) * p[gain] if gain in p else all_gates
+        return dict(zip("ifgo", np.split(all_gates, 4, -1), strict=True))
+
+    of_input, of_state = products(W, x, "gain_ih"), products(U, h, "gain_hh")
+
     def affine(gate):
         bias = (b[gate] + b2[gate]).reshape(-1) if "bias_ih" in p else 0.0
-        return np.einsum("hi,bi->bh", W[gate], x) + np.einsum("hp,bp->bh", U[gate], h) + bias
+        return of_input[gate] + of_state[gate] + bias
 
     see_i, see_f, see_o = p.get("weight_peephole", np.zeros((3, H)))
     new = sigmoid(affine("f") + see_f * c) * c + sigmoid(affine("i") + see_i * c) * np.tanh(affine("g"))
-    out = sigmoid(affine("o") + see_o * new) * np.tanh(new)
+    seen = normalised(new) * p["gain_cell"] + p["bias_cell"] if "gain_cell" in p else new
+    out = sigmoid(affine("o") + see_o * new) * np.tanh(seen)
     return (np.einsum("ph,bh->bp", p["weight_hr"], out) if "weight_hr" in p else out), new
 
 
@@ -36,7 +48,9 @@ OPTIONS = {
     "no bias": {"bias": False},
     "peepholes": {"peepholes": True},
     "projection": {"projection_dim": 2},
-    "all": {"peepholes": True, "projection_dim": 2, "recurrent_bias": True},
+    "layer norm": {"layer_norm": True},
+    "layer norm, no bias": {"layer_norm": True, "bias": False},
+    "all": {"peepholes": True, "layer_norm": True, "projection_dim": 2, "recurrent_bias": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -100,6 +114,37 @@ def test_forget_bias(recurrent_bias):
     assert (LSTMCell(3, 7).bias_ih[7:14] == 1).all()
 
 
+def test_layer_normalisation_starts_as_nothing_but_itself():
+    cell = LSTMCell(3, 7, layer_norm=True)
+    assert all((gain == 1).all() for gain in (cell.gain_ih, cell.gain_hh, cell.gain_cell))
+    assert not cell.bias_cell.any()
+    assert "layer_norm=True" in repr(cell)
+
+
+def test_layer_normalisation_forgets_the_size_of_the_weights():
+    """Ba et al., table 1: scaling or shifting a weight matrix changes nothing."""
+    cell, x, h, c = drawn({"layer_norm": True})
+    before = cell(x, (h, c))[1]
+    with torch.no_grad():
+        cell.weight_ih.mul_(3e3)
+        cell.weight_hh.mul_(5e3).add_(torch.randn(5, dtype=torch.float64))
+    torch.testing.assert_close(cell(x, (h, c))[1], before, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@every_option
+def test_a_sequence_is_its_steps(options, reverse):
+    cell, _, h, c = drawn(options)
+    x, lengths, state = torch.randn(4, 7, 3, dtype=torch.float64), torch.randint(0, 5, (7,)), (h, c)
+    output, last = cell.sequence(cell.project(x), state, lengths, reverse=reverse)
+    for t in reversed(range(4)) if reverse else range(4):
+        alive = (t < lengths).unsqueeze(-1)
+        expected, new = cell(x[t], state)
+        state = tuple(torch.where(alive, n, old) for n, old in zip(new, state, strict=True))
+        torch.testing.assert_close(output[t], expected * alive)
+    torch.testing.assert_close(last, state)
+
+
 def count(cell):
     return sum(p.numel() for p in cell.parameters())
 
@@ -111,6 +156,7 @@ def count(cell):
         ({"recurrent_bias": True}, 4 * (5 * 3 + 5 * 5 + 2 * 5)),
         ({"bias": False}, 4 * (5 * 3 + 5 * 5)),
         ({"peepholes": True}, 4 * (5 * 3 + 5 * 5 + 5) + 3 * 5),
+        ({"layer_norm": True}, 4 * (5 * 3 + 5 * 5 + 5) + 10 * 5),
         ({"projection_dim": 2}, 4 * (5 * 3 + 5 * 2 + 5) + 2 * 5),
     ],
 )

@@ -79,7 +79,8 @@ def test_output_is_the_weights_times_the_values(kind, backend):
     given = {"key_mask": torch.rand(2, 5) < 0.7, "bias": x(4, 3, 5), "is_causal": True}
     weights = layer.weights(query, key, **given)
     groups = layer.num_kv_heads
-    values = layer.value(key).unflatten(-1, (groups, layer.value_head_dim)).transpose(1, 2).repeat_interleave(4 // groups, 1)
+    values = layer.value(key).unflatten(-1, (groups, layer.value_head_dim)).transpose(1, 2)
+    values = values.repeat_interleave(4 // groups, 1)
     expected = layer.out((weights @ values).transpose(1, 2).flatten(2))
     with use_backend(backend):
         torch.testing.assert_close(layer(query, key, **given), expected)

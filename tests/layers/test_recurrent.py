@@ -51,6 +51,7 @@ CELLS = {
 }
 LOOPED = {
     "lstm peepholes": partial(LSTMCell, peepholes=True, projection_dim=2),
+    "lstm layer norm": partial(LSTMCell, layer_norm=True, recurrent_bias=True),
     "gru of Cho": partial(GRUCell, reset_after=False),
     "user's": NormalisedCell,
 }
@@ -377,6 +378,29 @@ def test_dropout_is_between_layers_in_training(cell):
     assert (half(input)[0] - half(input)[0]).abs().max() > 1e-3
 
 
+def test_variants_of_lstms_are_one_operation(monkeypatch):
+    from lamina.kernels import _lstm_loop
+
+    called = []
+    registered = _lstm_loop.loop
+    monkeypatch.setattr(_lstm_loop, "loop", lambda *args: called.append(args) or registered(*args))
+    network = drawn(LOOPED["lstm peepholes"], num_layers=2, bidirectional=True)
+    network(sequences(), torch.tensor([2, 7, 0, 5]))
+    assert len(called) == 4  # a layer, a direction
+    drawn(LOOPED["gru of Cho"])(sequences())
+    drawn(LSTMCell)(sequences())
+    with use_backend("reference"):
+        network(sequences())
+    assert len(called) == 4
+
+
+def test_second_derivatives_of_variants_need_no_other_backend():
+    network = drawn(partial(LSTMCell, peepholes=True, layer_norm=True), bidirectional=True)
+    input = sequences(2, 3).requires_grad_()
+    run = lambda input: network(input, torch.tensor([3, 2]))[0]  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, (input,), fast_mode=True)
+
+
 def test_second_derivatives_through_the_loop():
     network, input = drawn(LSTMCell, bidirectional=True), sequences(2, 3).requires_grad_()
 
@@ -398,7 +422,10 @@ def test_gradients(cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cell", [LSTMCell, GRUCell, RNNCell, partial(LSTMCell, peepholes=True)])
+@pytest.mark.parametrize(
+    "cell",
+    [LSTMCell, GRUCell, RNNCell, partial(LSTMCell, peepholes=True), partial(LSTMCell, layer_norm=True)],
+)
 def test_low_precision_stays_near(cell, dtype):
     network, input = Recurrent(cell, 3, 5, num_layers=2), torch.randn(4, 7, 3)
     for lengths in None, torch.tensor([7, 3, 0, 5]):
@@ -408,7 +435,10 @@ def test_low_precision_stays_near(cell, dtype):
         torch.testing.assert_close(output.float(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("cell", [LSTMCell, GRUCell, RNNCell, partial(LSTMCell, peepholes=True)])
+@pytest.mark.parametrize(
+    "cell",
+    [LSTMCell, GRUCell, RNNCell, partial(LSTMCell, peepholes=True), partial(LSTMCell, layer_norm=True)],
+)
 def test_autocast(cell):
     network, input, lengths = (
         Recurrent(cell, 3, 5, num_layers=2),
@@ -445,6 +475,29 @@ def test_compiled_training_on_data_that_takes_no_gradient(cell):
         cotangent = torch.randn(output.shape, generator=generator)
         results.append([output, *torch.autograd.grad(output, list(network.parameters()), cotangent)])
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_compiled_training_of_an_lstm_takes_any_number_of_steps():
+    """Not unrolled: of all steps there is one operation, whatever the lengths."""
+    network = Recurrent(LSTMCell, 3, 5, num_layers=2, bidirectional=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps in 7, 11, 13:
+            input, lengths = torch.randn(4, steps, 3), torch.tensor([steps, 3, 0, 5])
+            expected, actual = network(input, lengths)[0], compiled(input, lengths)[0]
+            torch.testing.assert_close(actual, expected)
+            cotangent, parameters = torch.randn_like(expected), list(network.parameters())
+            torch.testing.assert_close(
+                torch.autograd.grad(actual, parameters, cotangent),
+                torch.autograd.grad(expected, parameters, cotangent),
+            )
+
+
+def test_exported_with_lengths_there_is_pytorch_alone():
+    network, lengths = Recurrent(partial(LSTMCell, peepholes=True), 3, 5), torch.tensor([3, 2])
+    program = torch.export.export(network, (torch.randn(2, 3, 3), lengths), strict=False)
+    assert not any("lamina" in str(node.target) for node in program.graph.nodes)
 
 
 def test_compiled_inference_takes_any_number_of_steps():

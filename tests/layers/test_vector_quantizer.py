@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lamina.kernels import use_backend
 from lamina.layers import VectorQuantizer
 from torch import Tensor, distributed
 from torch.autograd import gradcheck, gradgradcheck
@@ -317,6 +318,25 @@ def test_autocast_and_half_precision_keep_loss_and_averages_in_float32():
     assert (half.codebook.dtype, half.ema_sum.dtype) == (torch.bfloat16, torch.float32)
     for dtype in torch.float16, torch.bfloat16:
         assert quantizer(x.to(dtype)).output.dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_training_step_on_the_kernels_is_that_of_the_definitions(ema_decay, masked, dtype, kernels_device):
+    x = torch.randn(2, 70, 6, dtype=dtype, requires_grad=True)
+    mask = torch.rand(2, 70) < 0.7 if masked else None
+    first = drawn(VectorQuantizer(11, 6, ema_decay=ema_decay, restart_below=0.5))
+    outcomes = []
+    for backend in "reference", "triton":
+        quantizer = copy.deepcopy(first)
+        torch.manual_seed(1)
+        with use_backend(backend):
+            out = quantizer(x, mask=mask)
+        of = [x, *quantizer.parameters()]
+        gradients = torch.autograd.grad(out.output.float().sum() + out.loss, of)
+        outcomes.append([*out, *gradients, *quantizer.state_dict().values()])
+    torch.testing.assert_close(*outcomes)
 
 
 def test_training_compiles_whole():

@@ -25,6 +25,7 @@ def ragged(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 PEEPHOLES = partial(LSTMCell, peepholes=True)
+NORMALISED = partial(LSTMCell, layer_norm=True)
 PAPER = partial(GRUCell, reset_after=False)
 
 CASES = [
@@ -37,6 +38,11 @@ CASES = [
         "LSTMCell peepholes projection",
         make=lambda **factory: PEEPHOLES(3, 5, projection_dim=2, **factory),
         **step(state=(2, 5)),
+    ),
+    Case(
+        "LSTMCell normalised",
+        make=lambda **factory: LSTMCell(3, 5, layer_norm=True, **factory),
+        **step(state=(5, 5)),
     ),
     Case("GRUCell", make=lambda **factory: GRUCell(3, 5, **factory), **step(state=(5,))),
     Case("GRUCell paper", make=lambda **factory: PAPER(3, 5, **factory), **step(state=(5,))),
@@ -53,6 +59,12 @@ CASES = [
     Case("Recurrent GRU", make=lambda **factory: Recurrent(GRUCell, 3, 5, **factory), args=sequences),
     Case("Recurrent RNN", make=lambda **factory: Recurrent(RNNCell, 3, 5, **factory), args=sequences),
     Case("Recurrent peepholes", make=lambda **factory: Recurrent(PEEPHOLES, 3, 5, **factory), args=sequences),
+    Case(
+        "Recurrent normalised lengths",
+        make=lambda **factory: Recurrent(NORMALISED, 3, 5, bidirectional=True, **factory),
+        args=ragged,
+        dynamic=((0,), (0,)),
+    ),
     Case(
         "Recurrent lengths",
         make=lambda **factory: Recurrent(LSTMCell, 3, 5, num_layers=2, bidirectional=True, **factory),

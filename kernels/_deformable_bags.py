@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """What places are computed and samples summed in: float32, or float64 where an input is."""
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+from .deformable_sampling import deformable_sampling_reference, working_dtype
 
 
 @torch.library.custom_op("lamina::deformable_sampling_bags", mutates_args=())
@@ -89,8 +86,6 @@ def gradients_of_definition(
     grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor | None]:
     """Those of value, locations and weights that are needed, as the definition has them: with a graph."""
-    from .deformable_sampling import deformable_sampling_reference  # which itself imports this module
-
     value, locations, weights = inputs
     shapes = [(height, width) for _, height, width in _levels(sizes)]
     out = deformable_sampling_reference(value, shapes, locations, weights)

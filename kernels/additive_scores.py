@@ -15,7 +15,6 @@ the difference has few of their digits, another form of the tanh takes the place
 import torch
 from torch import Tensor
 
-from ._additive_tiles import tiled_scores
 from ._second_order import transformed
 from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
 
@@ -69,6 +68,8 @@ def additive_scores(query: Tensor, key: Tensor, energy: Tensor) -> Tensor:
     if path == "reference":
         return additive_scores_reference(query, key, energy)
     if path == "torch":
+        from ._additive_tiles import tiled_scores
+
         return tiled_scores(query, key, energy)
     from .fused.additive_scores import additive_scores as fused
 

@@ -16,7 +16,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ._deformable_bags import sampled_by_bags, working_dtype
 from .backend import Refusals, choose, forward_derivatives, operation, triton_refusal
 
 Shapes = Sequence[tuple[int, int]]
@@ -99,6 +98,8 @@ def deformable_sampling(
 
         sampled: Tensor = fused.deformable_sampling(value, sizes, locations, weights)
         return sampled
+    from ._deformable_bags import sampled_by_bags
+
     out: Tensor = sampled_by_bags(value, sizes, locations, weights)
     return out
 
@@ -118,6 +119,11 @@ def deformable_sampling_reference(
             share = (share * weights[:, :, :, i]).transpose(1, 2).unsqueeze(-1)
             out = out + (share * rows.unflatten(2, (queries, points))).sum(3)
     return out.transpose(1, 2).to(value.dtype)
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """What places are computed and samples summed in: float32, or float64 where an input is."""
+    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
 
 def sampling_weights(spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:

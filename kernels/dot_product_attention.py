@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ._autocast import as_autocast
 from ._second_order import transformed, twice_differentiable
-from ._tiled_attention import tiled_attention
 from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
 from .checks import check_bias, check_dropout, check_key_lengths, check_mask, check_window
 from .masking import band_mask, combine_masks, mask_of_lengths, masked_softmax, resolve_mask
@@ -172,6 +171,8 @@ def dot_product_attention(
     if path == "reference":
         return definition(query, key, value, bias)
     if _tiles_do(query, key, value, bias, dropout):
+        from ._tiled_attention import tiled_attention
+
         return tiled_attention(query, key, value, mask, bias, is_causal, scale, dropout)
     if dropout:  # the definition would drop others
         return pytorch(query, key, value, bias)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._deformable_bags import gradients_of_definition, working_dtype
+from .._deformable_bags import gradients_of_definition
+from ..deformable_sampling import working_dtype
 from ._deformable_kernels import backward_kernel, collect_kernel, forward_kernel
 
 # Of a tile: eight for each thread of a program's one warp, which needs no barrier between what it loads, adds

@@ -105,6 +105,8 @@ class Recipe:
         figures: caption -> function that draws it.
         seeds: run where none are asked for.
         data_format: what `--data` takes; empty where the recipe takes none.
+        bar_with_data: whether the bar is for the data of `--data`, which a committed result is then of; what
+            a recipe has embedded only shows that it runs.
         notes: how this run differs from the paper's.
     """
 
@@ -120,6 +122,7 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3)
     data_format: str = ""
+    bar_with_data: bool = False
     notes: str = ""
 
 

@@ -108,7 +108,9 @@ class Plan:
             "metric": asdict(recipe.metric),
             "fingerprint": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
             "command": self.command,
-            "is_default": not plan["changed"] and self.seeds == recipe.seeds and self.folder is None,
+            "is_default": not plan["changed"]
+            and self.seeds == recipe.seeds
+            and (self.folder is not None) == recipe.bar_with_data,
             "versions": versions(),
             "machine": machine(self.device) | {"threads": self.settings.threads or torch.get_num_threads()},
             "commit": git_commit(),

@@ -73,6 +73,7 @@ TRANSFORMER_TRANSLATION = register(
         figures={"Learning curves": learning_curves, "What is written from where": attention_to_the_source},
         seeds=(1,),
         data_format="Multi30k: {train,val,test_2016_flickr}.{en,de}, one sentence a line, plain or gzipped",
+        bar_with_data=True,
         notes="Without --data the pairs are numbers in words, made by rule: a check that all runs, whose "
         "BLEU says nothing of Multi30k's.",
     )

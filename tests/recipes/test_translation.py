@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lamina.models import Transformer, create_model
-from lamina.recipes import RecipeError, TranslationSettings
+from lamina.recipes import RecipeError, TranslationSettings, get_recipe
 from lamina.recipes.number_words import in_english, in_german, number_pairs
+from lamina.recipes.run import Plan
 from lamina.recipes.text_files import find_file, read_lines
 from lamina.recipes.translation import Translation, Translator
 from lamina.recipes.translation_data import (
@@ -259,3 +260,14 @@ def test_it_runs_from_end_to_end(tmp_path, lamina):
     (run,) = (tmp_path / "report" / "transformer_translation").iterdir()
     assert isinstance(Translator.from_folder(run / "model").model, Transformer)
     assert (run / "attention_to_the_source.png").stat().st_size > 0
+
+
+def test_a_result_to_commit_is_one_with_data(tmp_path):
+    """The bar is Multi30k's: what comes of numbers in words is no replication of it."""
+    write_pairs(tmp_path)
+    recipe = get_recipe("transformer_translation")
+    for folder, is_default in ((None, False), (tmp_path, True)):
+        plan = Plan(recipe=recipe, settings=recipe.settings, folder=folder)
+        assert plan.description["is_default"] == is_default
+    lstm = get_recipe("lstm_digits")
+    assert Plan(recipe=lstm, settings=lstm.settings).description["is_default"]

@@ -17,7 +17,7 @@ from .registry import register_presets
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT. The defaults are BASE, uncased.
+    """Sizes of a BERT for tokens (B, L). The defaults are BASE, uncased.
 
     `activation` is "gelu" as in the paper and in Hugging Face's models; the authors' code has "gelu_tanh".
     `attention` names the layer of self-attention; `attention_dropout` is for `MultiHeadAttention`, and
@@ -55,7 +55,7 @@ class BertConfig:
 
 @dataclass(frozen=True)
 class BertClassifierConfig(BertConfig):
-    """Sizes of a BERT that classifies texts or pairs of texts.
+    """Sizes of a BERT that classifies texts or pairs of texts, (B, L).
 
     Source:
         Devlin et al. NAACL 2019. Section 4.1.

@@ -19,7 +19,7 @@ Sharing = Literal["none", "heads", "key_value", "layers"]
 
 @dataclass(frozen=True)
 class LinformerConfig:
-    """Sizes of a Linformer. The defaults are the paper's base model at n = 512 with k = 128.
+    """Sizes of a Linformer for tokens (B, L). The defaults are the paper's base model at n = 512, k = 128.
 
     `share` says which projections of the length are one: "none", each head of each layer has two of its own;
     "heads", those of a layer share both; "key_value", and keys and values share it too; "layers", there is

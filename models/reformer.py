@@ -26,7 +26,7 @@ from .registry import register_presets
 
 @dataclass(frozen=True)
 class ReformerConfig:
-    """Sizes of a Reformer. The defaults are the authors' open model of enwik8, 64K bytes at a time.
+    """Sizes of a Reformer for tokens (B, L). The defaults are the authors' open model of 64K bytes of enwik8.
 
     `layers` are the kinds of attention, "lsh" or "local", from the first block on and over again. Positions
     are axial with `axial_shape`, the grid whose product is the longest sequence, and `axial_dims`, None to

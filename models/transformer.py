@@ -27,7 +27,7 @@ from .registry import register_presets
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a Transformer. The defaults are the paper's base model with its vocabulary for English-German.
+    """Sizes of a Transformer from (B, S) to (B, T). The defaults are the paper's base for English-German.
 
     `source_vocab_size` gives the source a table of its own, None is one for both; `tie_output` makes the
     target's table the last layer too. `head_dim` and `value_head_dim` are d_k and d_v, dim / num_heads where

@@ -1,6 +1,6 @@
 """Recurrent networks beside torch.nn's with the same weights: in one call, as a loop, ragged.
 
-Variants that torch.nn lacks, which `lstm_sequence` runs, stand beside their own loop, as does `attentive_gru`.
+Variants that torch.nn lacks, which `lstm_sequence` runs, and `attentive_gru` stand beside their own loops.
 """
 
 import math

@@ -61,12 +61,13 @@ class CopyData(LightningDataModule):
     def setup(self, stage: str) -> None:
         generator = torch.Generator().manual_seed(TEST_SEED)
         self.test = [draw(*self.sizes, generator) for _ in range(self.tests)]
+        self.val = [draw(*self.sizes, generator) for _ in range(200)]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return DataLoader(_Drawn(self.batches * self.batch_size, self.sizes), batch_size=self.batch_size)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self.test[:200], batch_size=200)  # type: ignore[arg-type]
+        return DataLoader(self.val, batch_size=200)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return DataLoader(self.test, batch_size=250)  # type: ignore[arg-type]

@@ -184,7 +184,5 @@ def test_copying_is_learned_in_small(tmp_path, lamina):
     assert Transformer.from_pretrained(run / "model").config.dim == 12
 
 
-def test_the_recipe_has_the_paper_s_schedule():
-    recipe = get_recipe("transformer_copy")
-    assert recipe.settings.learning_rate == pytest.approx((128 * 400) ** -0.5)
-    assert recipe.metric.bar == 100
+def test_the_bar_is_no_mistake_at_all():
+    assert get_recipe("transformer_copy").metric.bar == 100

@@ -73,6 +73,6 @@ TRANSFORMER_COPY = register(
         ),
         figures={"Learning curves": learning_curves, "What is copied from where": attention_to_the_source},
         notes="The paper has no such task; its schedule, optimiser and label smoothing are used, with a "
-        "third of its peak rate, at which so short a run settles. Nothing is dropped, as every sequence is new.",
+        "third of its peak rate, at which so short a run settles. Nothing is dropped: every sequence is new.",
     )
 )

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from lamina.layers import AdditiveAttention, MultiHeadAttention
-from lamina.models import (
+from lamina.models import Bert, (
     RecurrentClassifier,
     ViT,
     ViTConfig,
@@ -37,8 +37,14 @@ def test_lists_by_pattern_in_order():
 def test_every_preset_makes_its_model_without_memory(name):
     model = create_model(name, device="meta")
     assert model.config == model_config(name)
-    outputs = model(*model.example_inputs(2, device="meta"))
-    assert outputs.shape == (2, model.config.num_classes)
+    inputs = model.example_inputs(2, device="meta")
+    outputs = model(*inputs)
+    output = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    if hasattr(model.config, "num_classes"):
+        assert output.shape == (2, model.config.num_classes)
+    else:  # one that reads tokens: a vector for each, or scores of the vocabulary
+        width = model.config.dim if isinstance(model, Bert) else model.config.vocab_size
+        assert output.shape == (*inputs[-1].shape, width)
 
 
 def test_overrides_replace_fields():

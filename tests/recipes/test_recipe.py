@@ -9,7 +9,7 @@ from lamina.recipes import Metric, Recipe, RecipeError, get_recipe, list_recipes
 
 
 def test_the_list():
-    assert list_recipes() == ["lstm_digits", "vit_digits"]
+    assert list_recipes() == ["lstm_digits", "transformer_copy", "transformer_translation", "vit_digits"]
     assert list_recipes("vit*") == ["vit_digits"]
 
 
@@ -18,7 +18,7 @@ def test_a_recipe_declares_all_that_the_report_shows(name):
     recipe = get_recipe(name)
     assert recipe.name == name
     assert recipe.model in list_models()
-    assert len(recipe.seeds) >= 3
+    assert len(recipe.seeds) >= 3 or recipe.bar_with_data  # where a seed takes minutes, not an hour
     for declared in (recipe.title, recipe.paper, recipe.metric.source, recipe.figures):
         assert declared
     assert recipe.data_format or recipe.data(recipe.settings, None)

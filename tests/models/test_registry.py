@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from lamina.layers import AdditiveAttention, MultiHeadAttention
-from lamina.models import Bert, (
+from lamina.models import (
+    Bert,
     RecurrentClassifier,
     ViT,
     ViTConfig,

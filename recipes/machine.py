@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("lamina", "torch", "triton", "lightning", "torchmetrics", "numpy", "scikit-learn")
+PACKAGES += ("tokenizers", "sacrebleu", "transformers")
 
 
 def versions() -> dict[str, str]:

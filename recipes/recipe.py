@@ -1,8 +1,10 @@
 """What a recipe declares, and the list of all recipes. Listing is quick: no torch and no Lightning here."""
 
 import fnmatch
+import re
+import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """The number that decides, with the bar that was fixed before the run.
+class Bar:
+    """A number that must come out, with the bar that was fixed before the run.
 
     Args:
         name: in words, for the report.
-        key: the task logs the value as "test/<key>".
-        bar: what the mean over the seeds must reach.
+        bar: what the number must reach.
         source: where the bar comes from.
         unit: behind the number.
         higher_is_better: False for errors and losses.
@@ -31,7 +32,6 @@ class Metric:
     """
 
     name: str
-    key: str
     bar: float
     source: str
     unit: str = ""
@@ -48,6 +48,47 @@ class Metric:
 
     def show_bar(self) -> str:
         return f"{'≥' if self.higher_is_better else '≤'} {self.show(self.bar)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Bar):
+    """The number that decides: the mean over the seeds of what the task logs as "test/<key>".
+
+    Args:
+        key: of the logged value.
+        **others: those of `Bar`.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim(Bar):
+    """What else must hold, such as a distance between two trainings.
+
+    Args:
+        value: the number, from all that the run has found.
+        **others: those of `Bar`.
+    """
+
+    value: "Callable[[Comparison], float]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Another training that the recipe's own is compared with: same seeds, same data, and what it changes.
+
+    Args:
+        settings: fields of the settings.
+        model: options of `create_model`, beside the recipe's `model_options`.
+        model_name: another model than the recipe's.
+        task: another task than the recipe's.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    model_name: str | None = None
+    task: "Callable[[nn.Module, Any], LightningModule] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +113,45 @@ class SeedResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a recipe's pictures are drawn from: the first seed's model, the data, and each seed's results."""
+class Comparison:
+    """All that a run has found, for claims and pictures. The arm "" is the recipe's own training.
+
+    Args:
+        seeds: the recipe's own results.
+        arms: those of each arm, in the order of the seeds.
+        baselines: values of the metric that took no training of ours.
+    """
+
+    seeds: tuple[SeedResult, ...]
+    arms: Mapping[str, tuple[SeedResult, ...]] = field(default_factory=dict)
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, arm: str = "") -> tuple[SeedResult, ...]:
+        return self.arms[arm] if arm else self.seeds
+
+    def values(self, key: str, arm: str = "") -> list[float]:
+        """What was logged as "test/<key>", one number a seed."""
+        return [result.metrics[f"test/{key}"] for result in self.of(arm)]
+
+    def mean(self, key: str, arm: str = "") -> float:
+        return statistics.fmean(self.values(key, arm))
+
+    def evidence(self, arm: str = "") -> list[dict[str, Any]]:
+        return [result.evidence for result in self.of(arm)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Comparison):
+    """What a recipe's pictures are drawn from.
+
+    Args:
+        model: of the recipe's own first seed; None where a recipe measures and trains nothing.
+        data: as the training had it; None in the same case.
+        **others: those of `Comparison`.
+    """
 
     model: "nn.Module"
     data: "LightningDataModule"
-    seeds: tuple[SeedResult, ...]
 
 
 def classification(model: "nn.Module", settings: Settings) -> "LightningModule":
@@ -102,28 +176,64 @@ class Recipe:
         metric: the number and its bar.
         task: makes the LightningModule (losses, steps, metrics, optimiser) around the model. Its test logs
             "test/<metric.key>"; a method `evidence()` may hand JSON to the pictures.
+        arms: name -> another training that this one is compared with.
+        baselines: name -> function of the data that gives the metric's value without a training of ours.
+        claims: what must hold besides the metric's bar.
+        measure: in place of `data` and `task`, for a recipe that trains nothing: called with the settings and
+            a seed, it gives {"metrics": {"test/<key>": number}, "evidence": JSON}.
         figures: caption -> function that draws it.
         seeds: run where none are asked for.
         data_format: what `--data` takes; empty where the recipe takes none.
         bar_with_data: whether the bar is for the data of `--data`, which a committed result is then of; what
             a recipe has embedded only shows that it runs.
         notes: how this run differs from the paper's.
+
+    Raises:
+        ValueError: it both trains and measures, or neither; or the name of an arm is not one of a folder.
     """
 
     name: str
     title: str
     paper: str
     model: str
-    data: "Callable[[Any, Path | None], LightningDataModule]"
     settings: Settings
     metric: Metric
-    task: "Callable[[nn.Module, Settings], LightningModule]" = classification
+    data: "Callable[[Any, Path | None], LightningDataModule] | None" = None
+    task: "Callable[[nn.Module, Any], LightningModule]" = classification
+    arms: Mapping[str, Arm] = field(default_factory=dict)
+    baselines: "Mapping[str, Callable[[Any], float]]" = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    measure: Callable[[Any, int], dict[str, Any]] | None = None
     figures: "Mapping[str, Callable[[Outcome], Figure]]" = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3)
     data_format: str = ""
     bar_with_data: bool = False
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.measure is None):
+            raise ValueError(f"recipe {self.name!r} must have either data to train on or measure, not both")
+        if self.measure is not None and (self.arms or self.baselines):
+            raise ValueError(f"recipe {self.name!r} measures, so that it has no arms or baselines")
+        for arm in self.arms:
+            if not re.fullmatch(r"[\w][\w .=-]*", arm):
+                raise ValueError(f"an arm is named by letters, digits and -, got {arm!r}")
+
+    def arm(self, name: str) -> "Recipe":
+        """The recipe of an arm; of "" the recipe itself."""
+        if not name:
+            return self
+        arm = self.arms[name]
+        return replace(
+            self,
+            model=arm.model_name or self.model,
+            model_options={**self.model_options, **arm.model},
+            task=arm.task or self.task,
+            arms={},
+            baselines={},
+            claims=(),
+        )
 
 
 _recipes: dict[str, Recipe] = {}

@@ -2,13 +2,15 @@
 
 import base64
 import math
+import statistics
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
 from .files import check_in_clone, read_json, write_bytes, write_json
-from .recipe import Metric, get_recipe, list_recipes
+from .recipe import Bar, Metric, get_recipe, list_recipes
 
 SAVED = Path(__file__).parent / "results"  # committed results, one a recipe and machine
 PAGE = Path(__file__).parents[1] / "docs" / "replications.md"
@@ -41,7 +43,13 @@ def write_report(out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"verdict": verdict, "mean": show_mean, "show": show_number}
+    environment.filters |= {
+        "verdict": verdict,
+        "mean": show_mean,
+        "show": show_number,
+        "others": others,
+        "claims": claims,
+    }
     html = environment.get_template("report.html").render(
         recipes=[_with_pictures(newest(results)) for results in runs.values()],
         runs=[result for results in runs.values() for result in results],
@@ -73,6 +81,31 @@ def show_mean(result: dict[str, Any]) -> str:
     return f"{result['value']:.2f}{spread} {metric.unit}".rstrip()
 
 
+def others(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What stands beside the recipe's own number: name, number, and whether it was trained."""
+    metric = _metric(result)
+    rows = []
+    for name, seeds in result.get("arms", {}).items():
+        values = [seed["value"] for seed in seeds]
+        if values:
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            shown = f"{statistics.fmean(values):.2f}{spread} {metric.unit}".rstrip()
+            rows.append((name, shown, "trained beside it"))
+    return rows + [(n, metric.show(value), "baseline") for n, value in result.get("baselines", {}).items()]
+
+
+def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim as text: name, value, bar, the paper's number, source, and "reached" or "missed"."""
+    rows = []
+    for claim in result.get("claims", []):
+        bar = Bar(**{f.name: claim[f.name] for f in fields(Bar)})
+        paper = "–" if bar.paper is None else f"{bar.show(bar.paper)} ({bar.paper_source})"
+        shown = {"name": bar.name, "value": bar.show(claim["value"]), "bar": bar.show_bar()}
+        verdict = "reached" if claim["met"] else "missed"
+        rows.append(shown | {"paper": paper, "source": bar.source, "verdict": verdict})
+    return rows
+
+
 def show_number(value: Any) -> str:
     """A number at a readable length, and anything else as it is."""
     if isinstance(value, float):
@@ -83,8 +116,8 @@ def show_number(value: Any) -> str:
 def save_results(out: Path, folder: Path = SAVED) -> list[Path]:
     """Copies the newest complete result of each recipe to where it is committed.
 
-    Only runs by the recipe's own settings and seeds count. Curves and evidence stay behind: what is kept is
-    the numbers, and all that tells where they come from.
+    Only runs by the recipe's own settings and seeds count. Curves and evidence of a training stay behind:
+    what is kept is the numbers, and all that tells where they come from.
 
     Raises:
         RecipeError: there is none.
@@ -95,8 +128,10 @@ def save_results(out: Path, folder: Path = SAVED) -> list[Path]:
         if not complete:
             continue
         result = {key: value for key, value in complete[0].items() if key not in ("folder", "pictures")}
-        kept = ("seed", "value", "minutes")
-        result["results"] = [{key: seed[key] for key in kept} for seed in result["results"]]
+        # Of a recipe that measures, the tables that it measured are the result.
+        kept = {"seed", "value", "minutes", "metrics"} | ({"evidence"} if result["measured"] else set())
+        result["results"] = [_only(kept, seed) for seed in result["results"]]
+        result["arms"] = {arm: [_only(kept, seed) for seed in seeds] for arm, seeds in result["arms"].items()}
         device = str(result["machine"]["accelerator"]).lower().replace(" ", "-")
         path = folder / f"{name}-{device}-torch{result['torch'].split('+')[0]}.json"
         folder.mkdir(exist_ok=True)
@@ -145,8 +180,32 @@ def write_replications(page: Path = PAGE, folder: Path = SAVED) -> Path:
                 f"{result['versions']['python']}, Lightning {result['versions'].get('lightning', '?')}; "
                 f"commit {result['commit'] or 'unknown'}, {result['date'][:10]}. By seed: {values}.",
             ]
+            details += _tables(result)
     write_bytes(page, ("\n".join(lines + details) + "\n").encode())
     return page
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    """What was compared, and what was claimed."""
+    lines = []
+    if rows := others(result):
+        lines += ["", f"| Beside it | {_metric(result).name} | |", "|---|---|---|"]
+        lines += [f"| {name} | {value} | {kind} |" for name, value, kind in rows]
+    if found := claims(result):
+        lines += [
+            "",
+            "| Claimed | Bar | Ours | | Paper's | Where the bar comes from |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in found:
+            word = row["verdict"] if row["verdict"] == "reached" else f"**{row['verdict']}**"
+            cells = row["name"], row["bar"], row["value"], word, row["paper"], row["source"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _only(kept: set[str], values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in kept}
 
 
 def _row(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ report/<recipe>/<time>/result.json      complete or not; replaced after each see
                       /<picture>.png
                       /model/           the first seed's model, for `from_pretrained`
                       /seed-<n>/        last.ckpt, metrics.csv, result.json when the seed is done
+                      /arms/<arm>/      the seeds of each training that it is compared with
 """
 
 import errno
@@ -15,7 +16,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +29,9 @@ from torch import nn
 from .errors import RecipeError
 from .files import only_one_process, read_json, write_bytes, write_json
 from .machine import git_commit, machine, versions
-from .recipe import Outcome, Recipe, SeedResult
+from .recipe import Bar, Comparison, Outcome, Recipe, SeedResult
 from .settings import Settings, changed
-from .training import Hardware, new_model, train_seed
+from .training import Hardware, measure_seed, new_model, train_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Plan:
                 raise RecipeError(
                     f"no data folder {self.folder}; {self.recipe.name} wants {self.recipe.data_format}"
                 )
-        _ = self.description  # the model and the device are tried here, before anything is written
+        _ = self.what  # the models and the device are tried here, before anything is written
 
     @cached_property
     def device(self) -> str:
@@ -81,16 +82,28 @@ class Plan:
             return new_model(self.recipe, self.model, seed=0)
 
     @cached_property
-    def description(self) -> dict[str, Any]:
-        """The part of the result that is known before the run."""
-        recipe, model = self.recipe, self.blank
-        plan = {
-            "recipe": recipe.name,
+    def arms(self) -> dict[str, "Plan"]:
+        """Name -> the plan of that training, whose settings are these with the arm's changes."""
+        plans = {}
+        for name, arm in self.recipe.arms.items():
+            try:
+                settings = replace(self.settings, **arm.settings)
+                plans[name] = replace(self, recipe=self.recipe.arm(name), settings=settings)
+            except (RecipeError, ValueError) as error:
+                raise RecipeError(f"arm {name!r}: {error}") from error
+        return plans
+
+    @cached_property
+    def what(self) -> dict[str, Any]:
+        """What decides the numbers, as plain data."""
+        model = self.blank
+        described = {
+            "recipe": self.recipe.name,
             "settings": asdict(self.settings),
-            "changed": changed(self.settings, recipe.settings)
+            "changed": changed(self.settings, self.recipe.settings)
             | {f"model.{k}": v for k, v in self.model.items()},
             "model": {
-                "name": recipe.model,
+                "name": self.recipe.model,
                 "config": asdict(model.config),  # type: ignore[call-overload]
                 "parameters": sum(p.numel() for p in model.parameters()),
             },
@@ -100,15 +113,26 @@ class Plan:
             "precision": self.hardware.precision,
             "torch": str(torch.__version__),
         }
-        plan = json.loads(json.dumps(plan, default=_name_of))
-        return plan | {
+        if self.arms:
+            described["of_arms"] = {
+                name: {"settings": changed(plan.settings, self.settings), "model": plan.what["model"]}
+                for name, plan in self.arms.items()
+            }
+        return dict(json.loads(json.dumps(described, default=_name_of)))
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The part of the result that is known before the run."""
+        recipe, what = self.recipe, self.what
+        return what | {
             "title": recipe.title,
             "paper": recipe.paper,
             "notes": recipe.notes,
             "metric": asdict(recipe.metric),
-            "fingerprint": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+            "measured": recipe.measure is not None,
+            "fingerprint": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(),
             "command": self.command,
-            "is_default": not plan["changed"]
+            "is_default": not what["changed"]
             and self.seeds == recipe.seeds
             and (self.folder is not None) == recipe.bar_with_data,
             "versions": versions(),
@@ -206,58 +230,121 @@ def reproduce(
 
 
 def _run(plan: Plan, folder: Path, deadline: float, console: Console) -> dict[str, Any]:
-    recipe, metric = plan.recipe, plan.recipe.metric
-    done: list[SeedResult] = []
+    metric = plan.recipe.metric
+    done: dict[str, list[SeedResult]] = {name: [] for name in ("", *plan.arms)}
     in_time = True
     _write_result(folder, plan, done)
-    for seed in plan.seeds:
-        seed_folder = folder / f"seed-{seed}"
-        seed_folder.mkdir(exist_ok=True)
-        if (earlier := read_json(seed_folder / "result.json")) is not None:
-            done.append(SeedResult(**earlier))
-            continue
-        if not in_time:
-            return _write_result(folder, plan, done)
-        model = new_model(recipe, plan.model, seed)
+    for name, found in done.items():
+        of_arm = plan.arms[name] if name else plan
+        for seed in plan.seeds:
+            seed_folder = (folder / "arms" / name if name else folder) / f"seed-{seed}"
+            seed_folder.mkdir(parents=True, exist_ok=True)
+            if (earlier := read_json(seed_folder / "result.json")) is not None:
+                found.append(SeedResult(**earlier))
+                continue
+            if not in_time:
+                return _write_result(folder, plan, done)
+            of_seed = _one_seed(of_arm, seed, folder, seed_folder, deadline, console, name)
+            if of_seed is None:
+                return _write_result(folder, plan, done)
+            write_json(seed_folder / "result.json", asdict(of_seed))
+            found.append(of_seed)
+            in_time = time.monotonic() < deadline
+            _write_result(folder, plan, done)
+            which = f"seed {seed}, {name}" if name else f"seed {seed}"
+            console.print(f"  {which}: {metric.name} {metric.show(of_seed.value)}", soft_wrap=True)
+    return _finish(folder, plan, done, console)
+
+
+def _one_seed(
+    plan: Plan, seed: int, run: Path, folder: Path, deadline: float, console: Console, arm: str
+) -> SeedResult | None:
+    """Trains or measures; None where the deadline came first."""
+    recipe = plan.recipe
+    if recipe.data is None:
+        return measure_seed(recipe, plan.settings, seed)
+    model = new_model(recipe, plan.model, seed)
+    data = recipe.data(plan.settings, plan.folder)
+    label = f"{arm}, seed {seed}" if arm else f"seed {seed}"
+    trained = train_seed(
+        recipe,
+        model,
+        plan.settings,
+        data,
+        seed,
+        folder,
+        hardware=plan.hardware,
+        deadline=deadline,
+        console=console,
+        label=label,
+    )
+    if trained is not None and seed == plan.seeds[0] and not arm:
+        _save_model(model, run / "model")
+        getattr(data, "save", lambda folder: None)(run / "model")  # a tokenizer
+    return trained
+
+
+def _finish(folder: Path, plan: Plan, done: dict[str, list[SeedResult]], console: Console) -> dict[str, Any]:
+    """Baselines, claims and pictures, once all is trained."""
+    recipe, data, model = plan.recipe, None, None
+    if recipe.data is not None:
         data = recipe.data(plan.settings, plan.folder)
-        trained = train_seed(
-            recipe,
-            model,
-            plan.settings,
-            data,
-            seed,
-            seed_folder,
-            hardware=plan.hardware,
-            deadline=deadline,
-            console=console,
+        model = type(plan.blank).from_pretrained(folder / "model").eval()  # type: ignore[attr-defined]
+    baselines = {}
+    if data is not None and recipe.baselines:
+        data.setup("fit")
+        data.setup("test")
+        baselines = {name: float(of(data)) for name, of in recipe.baselines.items()}
+    arms = {name: tuple(found) for name, found in done.items() if name}
+    outcome = Outcome(
+        model=model,  # type: ignore[arg-type]
+        data=data,  # type: ignore[arg-type]
+        seeds=tuple(done[""]),
+        arms=arms,
+        baselines=baselines,
+    )
+    claims = _claims(recipe, outcome)
+    for claim in claims:
+        bar = Bar(**{f.name: claim[f.name] for f in fields(Bar)})
+        verdict = "reached" if claim["met"] else "[bold]missed[/]"
+        console.print(
+            f"  {bar.name}: {bar.show(claim['value'])}; bar {bar.show_bar()}: {verdict}", soft_wrap=True
         )
-        if trained is None:
-            return _write_result(folder, plan, done)
-        if seed == plan.seeds[0]:
-            _save_model(model, folder / "model")
-            getattr(data, "save", lambda folder: None)(folder / "model")  # a tokenizer
-        write_json(seed_folder / "result.json", asdict(trained))
-        done.append(trained)
-        in_time = time.monotonic() < deadline
-        _write_result(folder, plan, done)
-        console.print(f"  seed {seed}: {metric.name} {metric.show(trained.value)}", soft_wrap=True)
-    return _write_result(folder, plan, done, _draw(plan, folder, done))
+    return _write_result(folder, plan, done, _draw(plan, folder, outcome), baselines, claims)
+
+
+def _claims(recipe: Recipe, found: Comparison) -> list[dict[str, Any]]:
+    claims = []
+    for claim in recipe.claims:
+        value = float(claim.value(found))
+        bar = {f.name: getattr(claim, f.name) for f in fields(Bar)}
+        claims.append(bar | {"value": value, "met": claim.met(value)})
+    return claims
 
 
 def _write_result(
-    folder: Path, plan: Plan, done: list[SeedResult], pictures: dict[str, str] | None = None
+    folder: Path,
+    plan: Plan,
+    done: dict[str, list[SeedResult]],
+    pictures: dict[str, str] | None = None,
+    baselines: dict[str, float] | None = None,
+    claims: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes what is known so far; complete is what has its pictures too."""
-    values = [result.value for result in done]
+    values = [result.value for result in done[""]]
     mean = statistics.fmean(values) if values else None
+    reached = mean is not None and plan.recipe.metric.met(mean)
     result = plan.description | {
         "run": folder.name,
         "complete": pictures is not None,
         "value": mean,
         "std": statistics.stdev(values) if len(values) > 1 else None,
-        "met": pictures is not None and mean is not None and plan.recipe.metric.met(mean),
-        "results": [asdict(result) for result in done],
-        "minutes": sum(result.minutes for result in done),
+        "met": pictures is not None and reached and all(claim["met"] for claim in claims or []),
+        "results": [asdict(result) for result in done[""]],
+        "arms": {name: [asdict(result) for result in found] for name, found in done.items() if name},
+        "baselines": baselines or {},
+        "claims": claims or [],
+        "minutes": sum(result.minutes for found in done.values() for result in found),
         "pictures": pictures or {},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -265,11 +352,8 @@ def _write_result(
     return result
 
 
-def _draw(plan: Plan, folder: Path, done: list[SeedResult]) -> dict[str, str]:
+def _draw(plan: Plan, folder: Path, outcome: Outcome) -> dict[str, str]:
     """Draws the recipe's pictures and returns caption -> file name."""
-    model = type(plan.blank).from_pretrained(folder / "model").eval()  # type: ignore[attr-defined]
-    data = plan.recipe.data(plan.settings, plan.folder)
-    outcome = Outcome(model=model, data=data, seeds=tuple(done))
     files = {}
     for caption, draw in plan.recipe.figures.items():
         buffer = io.BytesIO()

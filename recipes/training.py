@@ -151,8 +151,11 @@ def train_seed(
     hardware: Hardware,
     deadline: float = math.inf,
     console: Console,
+    label: str = "",
 ) -> SeedResult | None:
     """Trains from the folder's checkpoint, or from the start, and tests once at the end.
+
+    `label` is what the progress is called by; "seed <seed>" where there is none.
 
     Returns:
         The result, or None where the deadline came first.
@@ -174,7 +177,7 @@ def train_seed(
                 EpochSeeds(seed),
                 history,
                 Deadline(deadline),
-                EpochProgress(f"seed {seed}", console),
+                EpochProgress(label or f"seed {seed}", console),
                 EpochCheckpoint(checkpoint),
             ],
         )
@@ -193,6 +196,24 @@ def train_seed(
         history=history.values,
         evidence=evidence,
         minutes=history.seconds / 60,
+    )
+
+
+def measure_seed(recipe: Recipe, settings: Settings, seed: int) -> SeedResult:
+    """The result of a recipe that trains nothing."""
+    assert recipe.measure is not None
+    started = time.monotonic()
+    seed_everything(derive_seed(seed, "draws"), verbose=False)
+    with quiet(), threads(settings.threads):
+        found = recipe.measure(settings, seed)
+    metrics = {name: float(value) for name, value in found["metrics"].items()}
+    return SeedResult(
+        seed=seed,
+        value=metrics[f"test/{recipe.metric.key}"],
+        metrics=metrics,
+        history={},
+        evidence=found.get("evidence", {}),
+        minutes=(time.monotonic() - started) / 60,
     )
 
 

@@ -149,7 +149,7 @@ def test_only_the_recipe_as_it_stands_is_saved(finished, tmp_path):
     (path,) = save_results(finished, tmp_path / "results")
     assert re.fullmatch(r"lstm_digits-cpu-torch[\d.]+\.json", path.name)
     saved = json.loads(path.read_text())
-    assert saved["results"][0].keys() == {"seed", "value", "minutes"}
+    assert saved["results"][0].keys() == {"seed", "value", "minutes", "metrics"}
     assert str(tmp_path) not in path.read_text()
 
 

@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SRC := $(VENV)/src/lamina
 PARTS := __init__.py __main__.py py.typed kernels layers blocks models recipes viz
+# Tests run beside each other, one a core, each with one thread: a worker holds a gigabyte or two. JOBS=0 has none.
+JOBS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal --benchmark-disable
 
 .PHONY: help reproduce test test-slow bench docs lint types clean
 .NOTPARALLEL:
@@ -26,10 +29,10 @@ reproduce: $(READY)/recipes
 	@$(BIN)/lamina reproduce vit_digits lstm_digits
 
 test: $(READY)/test
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: $(READY)/test
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 bench: $(READY)/bench
 	@$(BIN)/python -m pytest benchmarks --quick

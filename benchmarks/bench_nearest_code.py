@@ -25,6 +25,10 @@ def product(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.addmm(codebook.square().sum(-1), x, codebook.T, alpha=-2).argmin(-1)
 
 
+def broadcast(x: Tensor, codebook: Tensor) -> Tensor:
+    return (x[:, None] - codebook).square().sum(-1).argmin(-1)
+
+
 def on(backend: str):
     def search(x: Tensor, codebook: Tensor) -> Tensor:
         with use_backend(backend):
@@ -33,7 +37,7 @@ def on(backend: str):
     return search
 
 
-HOW = {"lamina": nearest_code, "cdist": cdist, "one product": product}
+HOW = {"lamina": nearest_code, "cdist": cdist, "one product": product, "broadcast": broadcast}
 if GPU:
     HOW |= {"triton": on("triton"), "torch": on("torch"), "compiled product": torch.compile(product)}
 
@@ -46,6 +50,8 @@ def bench_nearest_code(benchmark, benchmark_op, how, sizes, dtype):
     count, codes, dim = sizes
     if how != "lamina" and count * codes > 2**28 and how not in ("triton", "torch"):
         pytest.skip("all distances at once: 4 GB and more")
+    if how == "broadcast" and count * codes * dim > 2**29:
+        pytest.skip("all differences at once: over 2 GB")
     torch.manual_seed(0)
     x, codebook = torch.randn(count, dim), torch.randn(codes, dim)
 

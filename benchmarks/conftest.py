@@ -13,14 +13,15 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 from lamina.recipes.machine import machine as where
+from lamina.recipes.measuring import peak_bytes, seconds
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +82,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         device = machine()["device"].replace(" ", "-")
         path = folder / f"{what}-{device}-torch{torch.__version__.split('+')[0]}.json"
         beside = path.with_suffix(".part")
-        beside.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        saved = {"machine": machine(), "date": str(datetime.now(UTC).date()), "results": results}
+        beside.write_text(json.dumps(saved, indent=1) + "\n")
         beside.replace(path)
 
 
@@ -107,12 +109,12 @@ def ceilings() -> dict[str, float]:
     a, b = torch.randn(n, n, device=DEVICE), torch.randn(n, n, device=DEVICE)
     source = torch.randn(2**26 if DEVICE == "cuda" else 2**24, device=DEVICE)
     target = torch.empty_like(source)
-    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(5))
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    product = min(seconds(lambda: torch.mm(a, b)) for _ in range(5))
+    copy = min(seconds(lambda: target.copy_(source)) for _ in range(5))
     found = {"flops": 2 * n**3 / product, "bytes": 2 * 4 * source.numel() / copy}
     if DEVICE == "cuda":  # a CPU is not asked for bfloat16
         a, b = a.bfloat16(), b.bfloat16()
-        found["flops of bfloat16"] = 2 * n**3 / min(_seconds(lambda: torch.mm(a, b)) for _ in range(5))
+        found["flops of bfloat16"] = 2 * n**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(5))
     return found
 
 
@@ -168,30 +170,36 @@ def benchmark_op(
         def call() -> None:
             wait(operation, wanted)
 
+        inputs_only = [t for t in placed if t.requires_grad]
         if reference is not None:
-            inputs_only = [t for t in placed if t.requires_grad]
             check_equal(outcome(operation, inputs_only), outcome(reference, inputs_only))
+        call()
+        one = seconds(call)
+        rounds = 5 if request.config.option.quick else max(5, min(20, round(2 / one)))  # fewer of a slow call
+        if reference is not None:
             leaves = [*inputs_only, *reference_parameters]
-            rounds = 5 if request.config.option.quick else 20
             ratio = by_turns(call, lambda: wait(reference, leaves), rounds)
-            benchmark.extra_info["times_as_fast_as_reference"] = round(ratio, 3)
+            benchmark.extra_info["times_as_fast_as_reference"] = float(f"{ratio:.4g}")
         benchmark.extra_info["machine"] = machine()
         benchmark.extra_info["peak_mb"] = round(peak_bytes(call) / 2**20, 2)
-        benchmark(call)
-        seconds = benchmark.stats.stats.median
+        if one < 0.1:
+            benchmark(call)
+        else:
+            benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+        median = benchmark.stats.stats.median
         if DEVICE == "cuda":
             from triton.testing import do_bench
 
             # Its events stand around the call: waited for within them, they would time the launches too.
-            seconds = do_bench(lambda: once(operation, wanted), return_mode="median") / 1e3
-            benchmark.extra_info["event_ms"] = 1e3 * seconds
+            median = do_bench(lambda: once(operation, wanted), return_mode="median") / 1e3
+            benchmark.extra_info["event_ms"] = 1e3 * median
         for what, amount in ("flops", flops), ("bytes", bytes_moved):
             if amount is not None:
                 ceiling = ceilings.get(
                     f"{what} of {str(placed[0].dtype).removeprefix('torch.')}", ceilings[what]
                 )
-                benchmark.extra_info[f"{what}_per_s"] = amount / seconds
-                benchmark.extra_info[f"of_{what}_ceiling"] = round(amount / seconds / ceiling, 4)
+                benchmark.extra_info[f"{what}_per_s"] = amount / median
+                benchmark.extra_info[f"of_{what}_ceiling"] = round(amount / median / ceiling, 4)
 
     return run
 
@@ -207,39 +215,10 @@ def check_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 def by_turns(call: Callable[[], None], other: Callable[[], None], rounds: int) -> float:
     """How many times as fast as `other` a call is: the median ratio of pairs timed one after the other."""
-    repeat = max(1, round(2e-3 / max(min(_seconds(call) for _ in range(3)), 1e-6)))  # 2 ms at the least
+    repeat = max(1, round(2e-3 / max(min(seconds(call) for _ in range(3)), 1e-6)))  # 2 ms at the least
 
-    def seconds(of: Callable[[], None]) -> float:
-        return _seconds(lambda: [of() for _ in range(repeat)])
+    def repeated(of: Callable[[], None]) -> float:
+        return seconds(lambda: [of() for _ in range(repeat)])
 
-    seconds(other)
-    return statistics.median(seconds(other) / seconds(call) for _ in range(rounds))
-
-
-def peak_bytes(call: Callable[[], None]) -> float:
-    """The most memory that a call holds beyond what was held before it."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = perf_counter()
-    call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - start
+    repeated(other)
+    return statistics.median(repeated(other) / repeated(call) for _ in range(rounds))

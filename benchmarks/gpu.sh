@@ -95,28 +95,13 @@ sys.exit(pytest.main(sys.argv[1:]))' -p no:cacheprovider --continue-on-collectio
 }
 
 tests() {
-  local files=() cpu_only=() options=() file
+  local options=()
   if ! has hypothesis pytest pytest_benchmark; then
     say "tests: left out, for what is not installed"
     return 1
   fi
   if on_gpu; then
-    # Tests that choose their device run here; others know the CPU alone, where Triton must be interpreted.
-    for file in tests/kernels/test_*.py; do
-      if grep -q 'kernels_device' "$file"; then
-        files+=("$file")
-      elif grep -q 'compare\|"triton"' "$file"; then
-        cpu_only+=("$file")
-      fi
-    done
-    if [ ${#cpu_only[@]} -gt 0 ]; then
-      say "for the CPU only, left out: ${cpu_only[*]}"
-      say "  (each would need the fixture kernels_device, as test_fused_attention.py)"
-    fi
-    if [ ${#files[@]} -eq 0 ]; then
-      say "tests: no file chooses its device"
-      return 1
-    fi
+    # Tests that choose no device are for a CPU: conftest.py deselects them.
     options=(-m "slow or not slow")  # all of them: here they are quick
     if has xdist; then  # each test compiles much
       options+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
@@ -124,11 +109,10 @@ tests() {
     export TRITON_INTERPRET=0
   else
     say "tests: no GPU, so they run in the interpreter, without those marked gpu or slow"
-    files=(tests/kernels)
     options=(-m "not gpu and not slow")
   fi
   local status=0
-  run_pytest "$OUT/tests.log" -q "${files[@]}" "${options[@]}" --durations=5 "$@" || status=$?
+  run_pytest "$OUT/tests.log" -q tests/kernels "${options[@]}" --durations=5 "$@" || status=$?
   unset TRITON_INTERPRET
   grep -E '^(FAILED|ERROR) ' "$OUT/tests.log" | cut -c1-200 | head -n 20 || true
   tail -n 1 "$OUT/tests.log"

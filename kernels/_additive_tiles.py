@@ -40,7 +40,7 @@ class _Pairs:
             self.raised = key + 1
         elif self.is_factored:
             query, key = (query * 2).exp_(), (key * 2).exp_()
-        self.query, self.key = query, key
+        self.query, self.key, self.one = query, key, query.new_ones(())
         batch, queries, keys, hidden = self.shape
         self.n_rows = max(1, min(queries, CELLS // max(1, keys * hidden)))
         self.n_batches = max(1, min(batch, CELLS // max(1, self.n_rows * keys * hidden)))
@@ -63,7 +63,7 @@ class _Pairs:
         n = query.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
         found, other = (t[:n].view(cells) for t in self.memory)
         if self.is_factored:
-            return torch.mul(query, key, out=found).add_(1).reciprocal_(), other
+            return torch.addcmul(self.one, query, key, out=found).reciprocal_(), other
         if self.is_small:
             torch.addcmul(key, query, self.raised[tile[0]].unsqueeze(1), out=found)
             return found.div_(torch.add(found, 2, out=other)), other

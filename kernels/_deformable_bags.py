@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._vmap import fold_into_batch
 from .deformable_sampling import deformable_sampling_reference, working_dtype
 
 
@@ -80,6 +81,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 sampled_by_bags.register_autograd(_backward, setup_context=_save_inputs)
+fold_into_batch(sampled_by_bags, ["value", "locations", "weights"])
 
 
 def gradients_of_definition(

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 Backend = Literal["reference", "torch", "triton"]
@@ -85,6 +87,8 @@ def triton_refusal(*tensors: Tensor) -> str | None:
         return "Triton is not installed"
     if forward_derivatives(*tensors):
         return "forward-mode derivatives are taken, which a registered kernel would silently answer with zero"
+    if functional_derivatives():
+        return "torch.func takes a derivative, which it cannot of a registered kernel"
     # Forced, a kernel also runs on a CPU: in Triton's interpreter, where TRITON_INTERPRET=1 is set.
     if _forced != "triton" and not all(t.is_cuda for t in tensors):
         return (
@@ -98,6 +102,13 @@ def forward_derivatives(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def functional_derivatives() -> bool:
+    """Whether `torch.func` is taking a derivative backwards, as its `grad` does."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(level.key() is TransformType.Grad for level in retrieve_all_functorch_interpreters())
 
 
 def _first(refusals: Mapping[Backend, str]) -> Backend:

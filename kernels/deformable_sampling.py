@@ -16,7 +16,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .backend import Refusals, choose, forward_derivatives, operation, triton_refusal
+from .backend import (
+    Refusals,
+    choose,
+    forward_derivatives,
+    functional_derivatives,
+    operation,
+    triton_refusal,
+)
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -32,6 +39,8 @@ def _refusals(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights:
         refusals["torch"] = (
             "forward-mode derivatives are taken, which a registered operation would answer with zero"
         )
+    elif functional_derivatives():
+        refusals["torch"] = "torch.func takes a derivative, which it cannot of a registered operation"
     return refusals
 
 

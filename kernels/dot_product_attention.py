@@ -24,6 +24,7 @@ from .score_bias import DistanceBias, ScoreBias, check_score_bias
 # Up to so many tokens two plain matrix products are faster on a CPU than SDPA's tiles (docs/benchmarks.md):
 # with a backward pass, with that and a mask, and in a forward pass alone, where with a mask SDPA always is.
 SHORT, _SHORT_MASKED, _SHORT_FORWARD = 48, 20, 32
+_WIDE = 64  # channels of a head that cost more to copy than that saves: heads of one row of tokens are copied
 
 # From so many scores on, a CPU is faster by tiles where SDPA writes all of them out: with dropout, in forward
 # alone and with a backward pass; and with a bias that takes a gradient (docs/benchmarks.md).
@@ -141,6 +142,8 @@ def dot_product_attention(
     """
     _check(query, key, value, mask, bias, score_bias, key_lengths, window, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not torch.compiler.is_compiling() and query.shape[-2] == 1:
+        is_causal = False  # the last query sees every key: a step of decoding has no mask to build
     refusals = _refusals(
         query,
         key,
@@ -249,6 +252,8 @@ def attention_weights_reference(
 def _short(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, masked: bool) -> int | None:
     """Up to which length the definition is faster. Eager only: compiled, a branch would pin the length."""
     if not query.is_cpu or torch.compiler.is_compiling():
+        return None
+    if query.shape[-1] >= _WIDE and not (query.is_contiguous() and key.is_contiguous()):
         return None
     if not _takes_gradients(query, key, value, bias):
         return None if masked else _SHORT_FORWARD

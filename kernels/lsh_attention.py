@@ -9,7 +9,8 @@ and out[i] = value[i] where V(i) is empty: a token attends to itself only where 
 limit of the original's -1e5 on the diagonal, taken exactly. The length |x| is sqrt(x . x + 1e-6 D), as there.
 
 On a GPU kernels take the tokens from where they stand, write each round's outputs back to where they stand,
-and compute scores again for the gradients. The definition, which a CPU runs, is in `_lsh_rounds.py`.
+and compute scores again for the gradients. A CPU runs the definition, which is in `_lsh_rounds.py`, for a few
+heads at a time.
 """
 
 from typing import Any
@@ -23,10 +24,17 @@ from ._lsh_rounds import Options, attend, inverse, rounds, shares, sort_by_bucke
 from .backend import Refusals, choose, forced_backend, operation, triton_refusal
 from .checks import check_dropout, check_key_mask
 
+# Scores of a round that a CPU takes at a time, 2 MB of them.
+_CELLS = 2**19
+
 
 def _refusals(query_key: Tensor, value: Tensor, buckets: Tensor, **options: Any) -> Refusals:
     """By shapes, dtypes and devices alone: what a tensor holds, a GPU would have to be waited for."""
-    refusals: Refusals = {"torch": "PyTorch has no routine for it: the definition is its fastest expression"}
+    refusals: Refusals = {}
+    if not query_key.is_cpu:
+        refusals["torch"] = "it takes a few heads at a time, for a CPU's cache"
+    elif torch.compiler.is_compiling():
+        refusals["torch"] = "a graph would hold each few heads on their own"
     widest = max(query_key.shape[-1], value.shape[-1])
     if (reason := triton_refusal(query_key, value, buckets)) is not None:
         refusals["triton"] = reason
@@ -36,6 +44,8 @@ def _refusals(query_key: Tensor, value: Tensor, buckets: Tensor, **options: Any)
         refusals["triton"] = f"heads are at most 256 wide in the kernel, these {widest}"
     elif forced_backend() is None and query_key.dtype is torch.float64:
         refusals["triton"] = "of float64 the kernel is made for tests, in small tiles"
+    elif forced_backend() is None and query_key.dtype is torch.float32 and widest > 128:
+        refusals["triton"] = "float32 heads wider than 128 overflow the registers in the kernel"
     return refusals
 
 
@@ -104,8 +114,11 @@ def lsh_attention(
         num_buckets, chunk_size, look_back, look_ahead, circular, same_bucket, deduplicate, is_causal, scale
     )
     _check(query_key, value, buckets, key_mask, dropout, options)
-    if choose("lsh_attention", _refusals(query_key, value, buckets)) == "triton":
+    path = choose("lsh_attention", _refusals(query_key, value, buckets))
+    if path == "triton":
         return _triton_path(query_key, value, buckets, key_mask, dropout, options)
+    if path == "torch":
+        return _cpu_path(query_key, value, buckets, key_mask, dropout, options)
     return lsh_attention_reference(
         query_key, value, buckets, key_mask=key_mask, dropout=dropout, **options._asdict()
     )
@@ -148,6 +161,40 @@ def lsh_attention_weights(
         at = seen.queries.unsqueeze(-1) * length + seen.keys.unsqueeze(-2)
         dense = dense.scatter_add(-1, at.flatten(2), (seen.powers * sorted_share).flatten(2))
     return dense.view(*query_key.shape[:2], length, length).to(query_key.dtype)
+
+
+def _cpu_path(
+    query_key: Tensor,
+    value: Tensor,
+    buckets: Tensor,
+    key_mask: Tensor | None,
+    dropout: float,
+    options: Options,
+) -> Tensor:
+    """The definition for as many heads at a time as have scores that stay in a cache: a third is gained."""
+    key_mask = _whole(key_mask, value)
+    batch, heads, length, _ = query_key.shape
+    reach = options.chunk_size * (options.look_back + 1 + options.look_ahead)
+    at_once = max(1, _CELLS // max(1, length * min(reach, length)))
+    n_heads = max(1, min(heads, at_once))
+    n_batches = max(1, min(batch, at_once // n_heads))
+    outputs = []
+    for b in range(0, max(batch, 1), n_batches):
+        rows = slice(b, b + n_batches)
+        of_rows = []
+        for h in range(0, max(heads, 1), n_heads):
+            at = rows, slice(h, h + n_heads)
+            out = lsh_attention_reference(
+                query_key[at],
+                value[at],
+                buckets[at],
+                key_mask=None if key_mask is None else key_mask[rows],
+                dropout=dropout,
+                **options._asdict(),
+            )
+            of_rows.append(out)
+        outputs.append(of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _triton_path(

@@ -4,18 +4,18 @@
 
 Padding costs as much as tokens do: of sequences of any lengths, packed rows are all the work there is.
 No kernel of its own: that of dot-product attention takes packed rows, in one launch; elsewhere each sequence
-is one call.
+is one call, on a CPU within one operation.
 """
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._autocast import as_autocast
-from .backend import Refusals, choose, operation
+from ._second_order import transformed
+from .backend import Refusals, choose, forward_derivatives, operation
 from .checks import check_dropout, check_window
 from .dot_product_attention import (
     Window,
@@ -56,7 +56,8 @@ def packed_attention(
 
     Time O(sum of Lq Lk D), memory as `dot_product_attention`. The kernel is one launch, and never looks at
     the starts on the host where `longest` is given; the other paths read them, for which a GPU is waited for,
-    and call `dot_product_attention` once a sequence. Derivatives and determinism are as there.
+    and call `dot_product_attention` once a sequence. On a CPU a compiled graph holds it whole, for sequences
+    of any lengths, without `window` and `score_bias`. Derivatives and determinism are as there.
 
     Args:
         query: (N, H, D), of all sequences' queries.
@@ -108,8 +109,12 @@ def packed_attention(
             scale,
             dropout,
         )
+    if path == "torch" and score_bias is None and window is None and _in_one(query, key, value):
+        return _cpu_path(query, key, value, query_starts, key_starts, is_causal, scale, dropout)
+    from ._packed_sequences import read_starts
+
     outputs = []
-    ends = list(zip(*(_read(s, t) for s, t in ((query_starts, query), (key_starts, key))), strict=True))
+    ends = list(zip(read_starts(query_starts, query), read_starts(key_starts, key), strict=True))
     for (i, j), (i_end, j_end) in itertools.pairwise(ends):
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query[i:i_end], key[j:j_end], value[j:j_end]))
         if path == "torch":
@@ -167,16 +172,33 @@ def _triton_path(
     return out.squeeze(0).transpose(0, 1)
 
 
+def _in_one(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether it is one operation, which autograd and the compiler know, and transforms do not."""
+    if torch.compiler.is_compiling():
+        return query.is_cpu
+    return query.is_cpu and not transformed() and not forward_derivatives(query, key, value)
+
+
+def _cpu_path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    from ._packed_sequences import attention
+
+    query, key, value = as_autocast(query, key, value)
+    seed = torch.randint(2**62, (1,)) if dropout else None
+    out: Tensor = attention(query, key, value, query_starts, key_starts, is_causal, scale, dropout, seed)[0]
+    return out
+
+
 def _longest(starts: Tensor) -> int:
     return int(starts.diff().max()) if len(starts) > 1 else 0
-
-
-def _read(starts: Tensor, tokens: Tensor) -> Sequence[int]:
-    """The starts, on the host."""
-    read: list[int] = starts.tolist()
-    if read[0] != 0 or read[-1] != len(tokens) or any(a > b for a, b in itertools.pairwise(read)):
-        raise ValueError(f"starts must rise from 0 to the number of tokens, {len(tokens)}, got {read}")
-    return read
 
 
 def _check(

@@ -135,6 +135,7 @@ def report(
     ] = False,
 ) -> None:
     """Writes the report again from the results in the folder."""
+    from .kernel_table import write_kernel_table
     from .report import save_results, write_replications, write_report
     from .speed import write_speed
 
@@ -147,6 +148,7 @@ def report(
     if docs:
         console.print(f"page: {write_replications()}")
         console.print(f"page: {write_speed()}")
+        console.print(f"page: {write_kernel_table()}")
 
 
 def _seeds(texts: list[str]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from lamina.kernels import use_backend
+from lamina.kernels import backend, use_backend
 from lamina.kernels.backend import Backend
 from torch import Tensor
 
@@ -34,15 +34,26 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 KERNELS_DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and KERNELS_DEVICE == "cpu":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET=0"))
+    if KERNELS_DEVICE == "cuda":  # tests that choose no device are for a CPU, where Triton is interpreted
+        of_kernels = [item for item in items if item.path.is_relative_to(ROOT / "tests" / "kernels")]
+        for_cpu = {item for item in of_kernels if "kernels_device" not in getattr(item, "fixturenames", ())}
+        config.hook.pytest_deselected(items=list(for_cpu))
+        items[:] = [item for item in items if item not in for_cpu]
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a path says once, it says once a test: which tests have run before makes no difference."""
+    monkeypatch.setattr(backend, "_told", set())
 
 
 @pytest.fixture

@@ -26,15 +26,15 @@ class Tiles(NamedTuple):
 # GPU has yet to tell.
 _TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
-        16: {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        16: {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
         32: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "query": {
-        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 64, 8, 1)},
         32: {64: Tiles(64, 16, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "key": {
-        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
         32: {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "bias": {
@@ -43,29 +43,39 @@ _TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     },
 }
 
-# Dropout takes registers: in place of the above where those would spill.
-_TILES_WITH_DROPOUT = {
-    ("forward", 16, 64): Tiles(64, 64, 4, 2),
-    ("query", 16, 64): Tiles(64, 32, 8, 2),
-    ("key", 16, 64): Tiles(32, 64, 8, 1),
-    ("key", 16, 128): Tiles(32, 32, 8, 1),
+# Some features take registers: in place of the above where those would spill.
+_TILES_WITH: dict[str, dict[tuple[str, int, int], Tiles]] = {
+    "dropout": {
+        ("forward", 16, 64): Tiles(64, 64, 4, 2),
+        ("query", 16, 64): Tiles(64, 32, 4, 2),
+        ("key", 16, 64): Tiles(32, 64, 4, 1),
+        ("key", 16, 128): Tiles(32, 32, 8, 1),
+    },
+    "table": {
+        ("forward", 16, 128): Tiles(128, 32, 8, 2),
+        ("forward", 16, 256): Tiles(64, 16, 4, 2),
+    },
 }
 
 
 def tiles(
-    kernel: str, dtype: torch.dtype, head_dim: int, queries: int, keys: int, *, dropout: bool = False
+    kernel: str, dtype: torch.dtype, head_dim: int, queries: int, keys: int, *, features: Sequence[str] = ()
 ) -> Tiles:
     """The configuration of a kernel: a table, never tuned at run time. float64 is for tests."""
     bits = min(torch.finfo(dtype).bits, 32)
     by_size = _TILES[kernel][bits]
     size = next(size for size in by_size if head_dim <= size)
     found = by_size[size]
-    if dropout:
-        found = _TILES_WITH_DROPOUT.get((kernel, bits, size), found)
-    # Short sequences have shorter tiles, of at least what a tensor core takes.
+    for feature in features:
+        found = _TILES_WITH[feature].get((kernel, bits, size), found)
+    # Short sequences have shorter tiles, of at least what a tensor core takes, and fewer warps: of a product
+    # that another follows each warp has 16 rows, and more warps would only make the same ones again. Heads
+    # wider than 128 need the registers of all.
     rows = min(found.rows, max(16, triton.next_power_of_2(queries)))
     columns = min(found.columns, max(16, triton.next_power_of_2(keys)))
-    return found._replace(rows=rows, columns=columns)
+    is_short = columns < found.columns if kernel == "key" else rows < found.rows
+    warps = min(found.warps, 4) if is_short and size <= 128 else found.warps
+    return Tiles(rows, columns, warps, found.stages)
 
 
 @dataclass(frozen=True)
@@ -150,8 +160,9 @@ class Launch:
 
     def tiles(self, kernel: str) -> Tiles:
         head_dim = max(self.query.shape[3], self.value.shape[3])
-        dropout = self.seed is not None
-        return tiles(kernel, self.query.dtype, head_dim, self.queries, self.keys, dropout=dropout)
+        given = {"table": self.rules.table, "dropout": self.seed}
+        features = [name for name, tensor in given.items() if tensor is not None]
+        return tiles(kernel, self.query.dtype, head_dim, self.queries, self.keys, features=features)
 
     def rows(self, tensor: Tensor) -> Rows:
         tensor = _dense_rows(tensor)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._vmap import fold_into_batch
 from ..additive_scores import additive_scores_reference
 from ..masking import masked_softmax, resolve_mask
 from ._additive_kernels import scores_of
@@ -233,3 +234,4 @@ def _backward(ctx: Any, grad: Tensor | None, *of_no_use: Tensor | None) -> tuple
 
 
 additive_attention.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(additive_attention, ["query", "key", "value"], broadcast=["mask", "bias"])

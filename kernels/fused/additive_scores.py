@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._vmap import fold_into_batch
 from ..additive_scores import additive_scores_reference
 from ._additive_kernels import backward_kernel, scores_kernel
 from ._additive_launch import Tokens, accumulator, by_token, by_unit, tiles, units_of
@@ -102,3 +103,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 additive_scores.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(additive_scores, ["query", "key"])

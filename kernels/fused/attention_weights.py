@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._vmap import fold_into_batch
 from ._attention_launch import Launch, cells
 from ._attention_tiles import dot, extent, load_mass, load_rows, scores
 from ._saved import save, saved
@@ -125,3 +126,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention_weights.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(attention_weights, ["query", "key"], broadcast=["mask", "bias"])

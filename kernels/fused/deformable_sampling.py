@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._deformable_bags import gradients_of_definition
+from .._vmap import fold_into_batch
 from ..deformable_sampling import working_dtype
 from ._deformable_kernels import backward_kernel, collect_kernel, forward_kernel
 
@@ -114,6 +115,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 deformable_sampling.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(deformable_sampling, ["value", "locations", "weights"])
 
 
 def _collected(call: "_Call", keys: Tensor, grad: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from .._score_tiles import like_tokens
+from .._vmap import fold_into_batch
 from ..masking import band_mask, combine_masks, mask_of_lengths, masked_softmax
 from ..score_bias import DistanceBias, TableBias
 from ._attention_backward import bias_kernel, key_kernel, query_kernel
@@ -321,3 +322,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(
+    attention,
+    ["query", "key", "value", "key_lengths"],
+    broadcast=["mask", "bias"],
+    alone=["query_starts", "key_starts", "seed"],
+)

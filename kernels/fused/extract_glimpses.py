@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._vmap import fold_into_batch
+
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 _CELLS = 512  # of a program, whatever channels they are of
 _TILE = (16, 64)  # rows and columns of the pixels of a program
@@ -96,6 +98,7 @@ def _backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 extract_glimpses.register_autograd(_forward_gradient, setup_context=_forward_context)
 extract_glimpses_backward.register_autograd(_backward_gradient, setup_context=_backward_context)
+fold_into_batch(extract_glimpses, ["images", "locations"])
 
 
 def _accumulator(pixels: Tensor, locations: Tensor) -> tl.dtype:

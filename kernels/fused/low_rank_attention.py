@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .._score_tiles import like_tokens
+from .._vmap import fold_into_batch
 from ._attention_launch import Launch, Tiles, cells
 from ._low_rank_kernels import column_kernel, forward_kernel, query_kernel
 from ._saved import save, saved
@@ -171,6 +172,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(attention, ["query", "key", "value"], broadcast=["mask"])
 
 
 def _launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Launch:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._lsh_rounds import Options, attend
+from .._vmap import fold_into_batch
 from ._lsh_backward import backward_kernel, facts_kernel
 from ._lsh_forward import combine_kernel, forward_kernel, kept_kernel
 from ._lsh_launch import Launch, block, parts_of, rows_of, whole_chunk
@@ -240,6 +241,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 lsh_attention.register_autograd(_backward, setup_context=_setup_context)
+fold_into_batch(
+    lsh_attention, ["query_key", "value", "order", "labels", "places", "key_mask"], alone=["seed"]
+)
 
 
 def _summed(parts: Tensor | None, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._vmap import fold_into_batch
 from ._attention_tiles import INTERPRETED, Rows, dot, load_rows
 from ._lsh_launch import accumulator, block, dense_rows, rows_of
 
@@ -53,6 +54,9 @@ def lsh_buckets(query_key: Tensor, rotations: Tensor, factors: Sequence[int]) ->
 def _(query_key: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     batch, heads, length, _ = query_key.shape
     return query_key.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int64)
+
+
+fold_into_batch(lsh_buckets, ["query_key"])
 
 
 def _of_heads(rotations: Tensor) -> Rows:

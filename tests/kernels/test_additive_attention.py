@@ -57,7 +57,9 @@ def test_derivatives_of_the_definition():
         assert gradgradcheck(operation, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [*FEATURES, "plain"])
 def test_each_feature(name, dtype, compare):
     operation, inputs = attend([] if name == "plain" else [name], SIZES, dtype)

@@ -9,11 +9,6 @@ from lamina.kernels import additive_scores, dot_product_attention, explain, oper
 from lamina.kernels.backend import choose, forced_backend, triton_refusal
 
 
-@pytest.fixture(autouse=True)
-def nothing_told(monkeypatch):
-    monkeypatch.setattr(backend_module, "_told", set())
-
-
 def test_a_block_forces_and_restores_even_on_an_error():
     assert forced_backend() is None
     with use_backend("torch"):
@@ -76,6 +71,10 @@ def test_triton_refuses_what_it_cannot_run(monkeypatch):
 
     torch.func.jvp(operation, (tensor,), (tensor,))
     assert "forward-mode" in answers[0]
+    torch.func.grad(lambda x: operation(x).sum())(tensor)
+    assert "torch.func takes a derivative" in answers[1]
+    torch.func.vmap(operation)(tensor)
+    assert answers[2] is None
 
 
 def test_explains_without_running():

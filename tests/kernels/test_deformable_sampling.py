@@ -28,6 +28,7 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("case", "shapes"), CASES.values(), ids=CASES)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(case, shapes, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -81,6 +82,7 @@ def test_is_the_formula(backend, case, shapes):
     torch.testing.assert_close(actual, in_numpy(value, shapes, locations, weights))
 
 
+@on_the_device
 @on_every_backend
 def test_equals_grid_sample_in_values_and_gradients(backend):
     inputs = draw((2, 11, 3, 5, 7), SHAPES)
@@ -106,6 +108,7 @@ def test_equals_transformers(backend):
     torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, cotangent))
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @every_case
 def test_torch_path_is_as_exact_as_the_definition(case, shapes, dtype, compare):
@@ -131,6 +134,7 @@ def test_the_centre_of_a_cell_is_that_cell(backend):
     torch.testing.assert_close(out, (rows * weights.squeeze(-1).movedim(-1, 0).unsqueeze(-1)).sum(0))
 
 
+@on_the_device
 @on_every_backend
 def test_between_cells_and_beyond_the_edge_it_fades_linearly(backend):
     """One row of two cells, 1 and 10: halfway between them, at the edge, and half a cell beyond it."""
@@ -142,6 +146,7 @@ def test_between_cells_and_beyond_the_edge_it_fades_linearly(backend):
     torch.testing.assert_close(out.flatten(), torch.tensor([5.5, 0.5, 0.25, 0, 10, 5, 0, 0]))
 
 
+@on_the_device
 @on_every_backend
 @pytest.mark.parametrize("place", [-0.7, 1.7, 1e30, -1e30, math.inf, -math.inf])
 def test_outside_there_is_nothing_to_find_nor_to_learn(backend, place):
@@ -154,6 +159,7 @@ def test_outside_there_is_nothing_to_find_nor_to_learn(backend, place):
     assert all((gradient == 0).all() for gradient in found)
 
 
+@on_the_device
 @on_every_backend
 def test_a_location_that_is_nan_shows_and_harms_no_other(backend):
     value, locations, weights = draw((2, 3, 3, 4, 5), SHAPES)
@@ -167,6 +173,7 @@ def test_a_location_that_is_nan_shows_and_harms_no_other(backend):
     torch.testing.assert_close(out[others], whole[others])
 
 
+@on_the_device
 @on_every_backend
 def test_its_derivative_at_the_centre_of_a_cell_is_that_of_grid_sample(backend):
     inputs = draw((1, 4, 2, 1, 3), [(3, 4)])
@@ -247,6 +254,7 @@ def test_rows_and_heads_do_not_meet(seed):
         assert (gradient == 0).all()
 
 
+@on_the_device
 def test_half_precision_is_summed_in_float32():
     """4096 samples of one cell, each a 4096th: in half precision their sum would stop far below one."""
     value = torch.ones(1, 1, 1, 1, dtype=torch.float16)
@@ -258,6 +266,7 @@ def test_half_precision_is_summed_in_float32():
         assert out.item() == 1
 
 
+@on_the_device
 @on_every_backend
 def test_inputs_of_any_stride(backend):
     value, locations, weights = inputs = draw((2, 5, 3, 4, 7), SHAPES)
@@ -309,6 +318,7 @@ def test_exports_with_a_batch_and_levels_of_any_size():
         torch.testing.assert_close(program.module()(*given_), Sampled()(*given_))
 
 
+@on_the_device
 def test_the_fast_path_is_registered():
     from lamina.kernels._deformable_bags import sampled_by_bags
 
@@ -328,6 +338,7 @@ def test_rows_are_counted_in_as_many_bits_as_the_last_needs(length, dtype):
     assert rows[1, 0, 1, 0].flatten().tolist() == last
 
 
+@on_the_device
 def test_forward_derivatives_take_the_definition():
     inputs = [t.detach() for t in draw((1, 3, 2, 2, 5), SHAPES[:1])]
     tangents = tuple(torch.randn_like(t) for t in inputs)

@@ -32,6 +32,7 @@ lengths = st.integers(1, 7)
 SIZES = [(2, 3, 3, 5, 7, 11, 11), (1, 6, 2, 3, 13, 5, 5), (2, 1, 1, 1, 1, 1, 1), (1, 2, 1, 61, 53, 7, 7)]
 MASKS = ["none", "key", "query-key", "head", "row without keys"]
 BIASES = ["none", "shared", "full", "-inf"]
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -94,6 +95,7 @@ def test_is_the_formula(backend, sizes, mask, bias, is_causal):
     torch.testing.assert_close(actual, in_numpy(*inputs, **options, is_causal=is_causal))
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("bias", BIASES)
@@ -109,6 +111,7 @@ def test_torch_path_is_as_exact_as_the_definition(sizes, mask, bias, is_causal, 
     compare(operation, inputs if added is None else [*inputs, added], backend="torch")
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("how", ["mask", "bias", "no keys", "causal"])
 def test_a_query_without_keys_gives_zero_and_passes_no_gradient(backend, how):
@@ -131,6 +134,7 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient(backend, how):
         assert all((g == 0).all() for g in gradients)
 
 
+@on_the_device
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("mask", MASKS)
 def test_empty_rows_are_zeroed_where_pytorch_does_not(mask, bias, compare, monkeypatch):
@@ -145,6 +149,7 @@ def test_empty_rows_are_zeroed_where_pytorch_does_not(mask, bias, compare, monke
     compare(operation, inputs if added is None else [*inputs, added], backend="torch")
 
 
+@on_the_device
 @pytest.mark.parametrize("shape", [(), (7,), (5, 7), (1, 7), (3, 1, 7), (2, 1, 5, 1)])
 def test_pytorch_is_given_masks_in_four_dimensions(shape, monkeypatch):
     """In three, as a bias by head has, it would leave its fused path on a CPU."""
@@ -163,6 +168,7 @@ def test_pytorch_is_given_masks_in_four_dimensions(shape, monkeypatch):
     assert [mask.ndim for mask in given] == [4, 4]
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_no_queries_and_no_batch(backend):
     with use_backend(backend):
@@ -183,6 +189,7 @@ def test_gradients_of_the_definition_to_second_order():
         assert gradgradcheck(operation, inputs)
 
 
+@on_the_device
 def test_forward_derivatives_take_the_definition():
     query, key, value = (t.detach() for t in draw((1, 2, 2, 61, 53, 7, 7)))
     tangent = torch.randn_like(query)
@@ -197,6 +204,7 @@ def test_forward_derivatives_take_the_definition():
     torch.testing.assert_close(actual, expected)
 
 
+@on_the_device
 @given(seed=seeds, queries=lengths, keys=lengths)
 def test_weights_are_a_distribution_over_the_keys_that_take_part(seed, queries, keys):
     torch.manual_seed(seed)
@@ -208,6 +216,7 @@ def test_weights_are_a_distribution_over_the_keys_that_take_part(seed, queries, 
     torch.testing.assert_close(weights.sum(-1), mask.any(-1).double())
 
 
+@on_the_device
 @given(seed=seeds, queries=lengths, keys=lengths, change=st.integers(0, 6))
 def test_causal_sees_no_later_key(seed, queries, keys, change):
     torch.manual_seed(seed)
@@ -235,6 +244,7 @@ def test_the_order_of_the_keys_does_not_matter(seed, keys):
     )
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_dropout_keeps_the_mean_and_drops_its_part(backend):
     query, key = torch.zeros(1, 1, 400, 2), torch.zeros(1, 1, 50, 2)
@@ -245,6 +255,7 @@ def test_dropout_keeps_the_mean_and_drops_its_part(backend):
     assert out.max().item() == pytest.approx(1 / 50 / 0.7)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_scale_is_one_over_the_root_of_the_head_size_unless_given(backend):
     query, key, value = draw((1, 2, 2, 3, 5, 4, 4))
@@ -254,8 +265,9 @@ def test_scale_is_one_over_the_root_of_the_head_size_unless_given(backend):
         assert not torch.allclose(dot_product_attention(query, key, value, scale=0.25), default)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES[0], pytest.param(SIZES[1], marks=pytest.mark.slow)], ids=str)
 def test_compiles_whole_and_keeps_its_numbers(backend, sizes):
     inputs, mask = draw(sizes, torch.float32), draw_mask("query-key", sizes)
 
@@ -288,6 +300,7 @@ def test_takes_the_path_that_it_says():
         assert calls_sdpa(short)
 
 
+@on_the_device
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": True}, {"mask": True}], ids=str)
 def test_second_derivatives_on_every_path(options):
     inputs = draw((1, 2, 1, 3, 4, 2, 3))
@@ -312,6 +325,7 @@ def test_second_derivatives_on_every_path(options):
     torch.testing.assert_close(actual, expected)
 
 
+@on_the_device
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_second_backward_pass_over_a_kept_graph(groups):
     inputs = draw((1, 2, groups, 60, 70, 4, 4))
@@ -411,7 +425,7 @@ def on_a_gpu(options) -> str:
         ({"key_lengths": lambda: torch.empty(2, device="cuda", dtype=torch.long)}, "triton"),
         ({"score_bias": lambda: DistanceBias(torch.empty(4, device="cuda"))}, "triton"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
 )
 def test_the_rules_of_a_gpu(options, chosen):
     if find_spec("triton") is None:

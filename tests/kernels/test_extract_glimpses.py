@@ -18,6 +18,7 @@ on_every_backend = pytest.mark.parametrize("backend", ["reference", "torch"])
 # (B, C, H, W), size, scales: primes; a patch wider than the image; one pixel.
 CASES = [((2, 3, 11, 7), 5, 2), ((3, 1, 5, 13), 4, 3), ((1, 2, 1, 1), 1, 2), ((0, 2, 3, 5), 2, 1)]
 every_case = pytest.mark.parametrize(("shape", "size", "scales"), CASES)
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(shape, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -62,6 +63,7 @@ def test_is_the_formula(backend, shape, size, scales):
     torch.testing.assert_close(actual, in_numpy(images, locations, size, scales))
 
 
+@on_the_device
 @given(seed=seeds, height=sizes, width=sizes, size=sizes, scales=st.integers(1, 3))
 def test_equals_grid_sample_in_values_and_gradients(seed, height, width, size, scales):
     torch.manual_seed(seed)
@@ -76,6 +78,7 @@ def test_equals_grid_sample_in_values_and_gradients(seed, height, width, size, s
     )
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "size", "scales"), CASES[:2])
 def test_torch_path_is_as_exact_as_the_definition(shape, size, scales, dtype, compare):
@@ -87,6 +90,7 @@ def test_torch_path_is_as_exact_as_the_definition(shape, size, scales, dtype, co
     )
 
 
+@on_the_device
 @on_every_backend
 @pytest.mark.parametrize("scale", [0, 1, 2])
 @pytest.mark.parametrize(("size", "sides"), [(2, (6, 10)), (4, (4, 8)), (3, (7, 5)), (1, (3, 9))])
@@ -138,6 +142,7 @@ def test_the_centre_of_a_pixel_is_the_middle_of_an_odd_patch(backend, row, colum
     )
 
 
+@on_the_device
 @on_every_backend
 @pytest.mark.parametrize("far", [-9.0, 9.0, 1e30, float("inf"), -float("inf")])
 def test_beyond_the_image_there_are_zeros(backend, far):
@@ -146,6 +151,7 @@ def test_beyond_the_image_there_are_zeros(backend, far):
     assert (glimpses == 0).all()
 
 
+@on_the_device
 @on_every_backend
 def test_locations_get_no_gradient(backend):
     images, locations = (t.requires_grad_() for t in draw((2, 3, 5, 7)))
@@ -163,6 +169,7 @@ def test_gradients_of_the_images(backend):
         assert gradgradcheck(lambda x: extract_glimpses(x, locations, 2, 2), images)
 
 
+@on_the_device
 @on_every_backend
 @given(seed=seeds, count=sizes, size=sizes, scales=st.integers(1, 3))
 def test_several_glimpses_are_each_one(backend, seed, count, size, scales):
@@ -193,6 +200,7 @@ def test_rows_of_the_batch_do_not_meet(seed):
     assert (found[[0, 2]] == 0).all()
 
 
+@on_the_device
 def test_locations_keep_their_precision_whatever_the_images():
     """A place that float16 cannot tell from its neighbour: pixel 1003 of 2001."""
     images = torch.zeros(1, 1, 1, 2001, dtype=torch.float16)

@@ -22,7 +22,9 @@ from torch.autograd import gradcheck, gradgradcheck
 pytestmark = pytest.mark.usefixtures("kernels_device")
 
 # B, heads of queries and of keys, Lq, Lk, D, Dv: off the tiles, shorter than one, and longer.
-SIZES = (2, 4, 2, 37, 53, 24, 16)
+SIZES = (2, 2, 1, 37, 53, 24, 16)
+MORE_HEADS = (2, 4, 2, 37, 53, 24, 16)
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 TERMS = 4.0  # what cancels in a gradient of a softmax: dP and its mean, of inputs drawn from N(0, 1)
 SUMMED = 16.0  # in float32, where of one key nothing is left, and a parameter's gradient sums what is
 FEATURES = (
@@ -113,10 +115,10 @@ def attend(names, sizes, dtype: torch.dtype):
     return operation, [*draw(sizes, dtype), *extras]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_feature(name, dtype, compare):
-    operation, inputs = attend([name], SIZES, dtype)
+    operation, inputs = attend([name], MORE_HEADS, dtype)
     compare(operation, inputs, terms=TERMS)
 
 
@@ -154,11 +156,11 @@ def random_case(seed: int):
     def one_of(*options):
         return options[int(torch.randint(len(options), (), device="cpu"))]
 
-    heads = one_of(1, 2, 3, 4, 6)
-    groups = one_of(*(n for n in (1, 2, 3, 6) if heads % n == 0))
+    heads = one_of(1, 2, 3, 4)
+    groups = one_of(*(n for n in (1, 2, 3) if heads % n == 0))
     dims = one_of(8, 13, 16, 32, 40, 64, 72, 96), one_of(8, 16, 24, 64, 80)
     lengths = one_of(1, 2, 15, 16, 17, 31, 48, 70), one_of(1, 3, 15, 16, 33, 50, 64, 90)
-    sizes = (one_of(1, 2, 3), heads, groups, *lengths, *dims)
+    sizes = (one_of(1, 1, 2), heads, groups, *lengths, *dims)
     dtype = one_of(torch.float32, torch.float32, torch.float16, torch.bfloat16)
     names = [n for n in FEATURES if torch.rand((), device="cpu") < 0.25]
     for alone in ALONE:
@@ -220,11 +222,13 @@ def test_weights_are_registered_and_twice_differentiable():
     torch.library.opcheck(fused, [query, key, None, bias, None, None, None, None, 0, -1, 0, 0.3])
     inputs = [t.detach().double()[..., :2].requires_grad_() for t in (query, key)]
     with use_backend("triton"):
-        assert gradgradcheck(lambda *inputs: attention_weights(*inputs, is_causal=True), inputs)
+        assert gradgradcheck(
+            lambda *inputs: attention_weights(*inputs, is_causal=True), inputs, fast_mode=True
+        )
 
 
 def test_a_bias_of_minus_infinity_excludes(compare):
-    bias = torch.randn(4, 37, 53).masked_fill(torch.rand(4, 37, 53) < 0.5, -torch.inf)
+    bias = torch.randn(2, 37, 53).masked_fill(torch.rand(2, 37, 53) < 0.5, -torch.inf)
     bias[:, 3] = -torch.inf
     compare(
         lambda *inputs: dot_product_attention(*inputs, bias=bias), draw(SIZES, torch.float32), terms=TERMS
@@ -255,12 +259,12 @@ def test_inputs_of_any_stride(layout, compare):
         return t[:1].expand(t.shape)
 
     inputs = [laid_out(t.detach()).requires_grad_() for t in draw(SIZES, torch.float32)]
-    bias = laid_out(torch.randn(2, 4, 37, 53)).requires_grad_()
+    bias = laid_out(torch.randn(2, 2, 37, 53)).requires_grad_()
     compare(lambda q, k, v, b: dot_product_attention(q, k, v, bias=b), [*inputs, bias], terms=TERMS)
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (53,), (37, 1), (37, 53), (4, 1, 53), (2, 1, 37, 53), (1, 4, 1, 1)]
+    "shape", [(), (1,), (53,), (37, 1), (37, 53), (2, 1, 53), (2, 1, 37, 53), (1, 2, 1, 1)]
 )
 def test_biases_that_broadcast(shape, compare):
     bias = torch.randn(shape, requires_grad=True)
@@ -275,9 +279,9 @@ def test_biases_that_broadcast(shape, compare):
 def test_cotangents_of_any_stride(how):
     operation, inputs = attend(["bias by head"], SIZES, torch.float32)
     cotangent = {
-        "stride 0": torch.ones(()).expand(2, 4, 37, 16),
-        "transposed": torch.randn(16, 37, 4, 2).permute(3, 2, 1, 0),
-        "in part": torch.randn(2, 4, 37, 32)[..., ::2],
+        "stride 0": torch.ones(()).expand(2, 2, 37, 16),
+        "transposed": torch.randn(16, 37, 2, 2).permute(3, 2, 1, 0),
+        "in part": torch.randn(2, 2, 37, 32)[..., ::2],
     }[how]
     with use_backend("reference"):
         expected = torch.autograd.grad(operation(*inputs), inputs, cotangent)
@@ -289,7 +293,7 @@ def test_cotangents_of_any_stride(how):
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [0, 3]])
 def test_gradients_of_some_inputs_alone(wanted):
     operation, inputs = attend(["one bias"], SIZES, torch.float32)
-    cotangent = torch.randn(2, 4, 37, 16)
+    cotangent = torch.randn(2, 2, 37, 16)
     with use_backend("reference"):
         expected = torch.autograd.grad(operation(*inputs), inputs, cotangent)
     for n, tensor in enumerate(inputs):
@@ -306,7 +310,7 @@ def test_second_derivatives(names):
     operation, inputs = attend(names, (1, 1, 1, 2, 3, 1, 1), torch.float64)
     with use_backend("triton"):
         assert gradcheck(operation, inputs)
-        assert gradgradcheck(operation, inputs)
+        assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
 def dropped(seed: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
@@ -342,7 +346,7 @@ def test_gradients_drop_what_the_output_dropped(names):
             out = with_dropout(operation)(*inputs)
         return [out, *torch.autograd.grad(out, inputs, cotangent, create_graph=create_graph)]
 
-    cotangent = torch.randn(2, 4, 37, 16, dtype=torch.float64)
+    cotangent = torch.randn(2, 2, 37, 16, dtype=torch.float64)
     torch.testing.assert_close(gradients(False), gradients(True))
 
 
@@ -364,7 +368,7 @@ def test_the_definition_of_the_second_derivative_gives_the_same_output():
 
     query, key, value = draw(SIZES, torch.float64)
     seed, lengths = torch.tensor([7]), torch.tensor([50, 9])
-    mask, bias = torch.rand(2, 4, 37, 53) < 0.7, torch.randn(1, 4, 1, 53, dtype=torch.float64)
+    mask, bias = torch.rand(2, 2, 37, 53) < 0.7, torch.randn(1, 2, 1, 53, dtype=torch.float64)
     options = [None, None, None, None, 0, lengths, None, None, [], 20, 3, 0.2, 0.3, seed]
     actual, expected = (f(query, key, value, mask, bias, *options) for f in (attention, definition))
     torch.testing.assert_close(actual, expected)
@@ -375,7 +379,7 @@ def test_the_mass_of_the_softmax_has_a_gradient():
 
     inputs = draw(SIZES, torch.float64)
     options = [None] * 6 + [0, None, None, None, [], -1, 0, 0.2, 0.0, None]
-    cotangent = torch.randn(2, 4, 37, dtype=torch.float64)
+    cotangent = torch.randn(2, 2, 37, dtype=torch.float64)
     actual, expected = (
         torch.autograd.grad(f(*inputs, *options)[1], inputs[:2], cotangent) for f in (attention, definition)
     )
@@ -432,13 +436,14 @@ def test_compiles_whole_and_keeps_its_numbers(names, dynamic):
     )
 
 
-def test_thirty_backward_passes_are_equal():
+def test_thirty_backward_passes_are_equal(kernels_device):
     operation, inputs = attend(["one bias", "table"], (2, 1, 1, 9, 13, 16, 16), torch.float32)
     cotangent = torch.randn(2, 1, 9, 16)
+    count = 30 if kernels_device == "cuda" else 3  # the interpreter has one thread
     torch.use_deterministic_algorithms(True)
     try:
         with use_backend("triton"):
-            runs = [torch.autograd.grad(operation(*inputs), inputs, cotangent) for _ in range(30)]
+            runs = [torch.autograd.grad(operation(*inputs), inputs, cotangent) for _ in range(count)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
@@ -446,7 +451,7 @@ def test_thirty_backward_passes_are_equal():
 
 def test_autocast_casts_what_is_multiplied(kernels_device):
     inputs = draw(SIZES, torch.float32)
-    bias = torch.randn(4, 37, 53, requires_grad=True)
+    bias = torch.randn(2, 37, 53, requires_grad=True)
     with torch.autocast(kernels_device, torch.bfloat16), use_backend("triton"):
         out = dot_product_attention(*inputs, bias=bias)
     assert out.dtype is torch.bfloat16

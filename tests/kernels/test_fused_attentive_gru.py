@@ -45,7 +45,9 @@ def draw(sizes=SIZES, dtype=torch.float32, mask=None):
 
 
 @pytest.mark.parametrize("mask", [None, 0.6, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_each_dtype(dtype, mask, compare):
     operation, inputs = draw(dtype=dtype, mask=mask)
     compare(operation, inputs, terms=TERMS)

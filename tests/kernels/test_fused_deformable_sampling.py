@@ -237,12 +237,13 @@ def test_half_precision_is_summed_in_float32():
     assert torch.equal(out, value)
 
 
-def test_thirty_backward_passes_are_equal():
+def test_thirty_backward_passes_are_equal(kernels_device):
     inputs = draw((1, 17, 1, 4, 8), [(2, 2)])  # many samples of each cell
     cotangent = torch.randn(1, 17, 1, 8)
+    count = 30 if kernels_device == "cuda" else 3  # the interpreter has one thread
     with determinism(), use_backend("triton"):
         out = sampled([(2, 2)])(*inputs)
-        runs = [torch.autograd.grad(out, inputs, cotangent, retain_graph=True) for _ in range(30)]
+        runs = [torch.autograd.grad(out, inputs, cotangent, retain_graph=True) for _ in range(count)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
@@ -393,12 +394,12 @@ THREE_WAYS = ("forward", "backward", "deterministic")
 COMPILED = {
     "usual": [
         ("bfloat16-float32-32-4-4", THREE_WAYS),
-        ("float32-float32-32-4-4", ("forward", "backward")),
         ("float32-float32-20-1-3", ALL_WAYS),
-        ("float16-float32-36-1-8", ("forward", "backward")),
-        ("bfloat16-float32-160-1-4", ("forward", "backward")),
     ],
     "others": [
+        ("float32-float32-32-4-4", ("forward", "backward")),
+        ("float16-float32-36-1-8", ("forward", "backward")),
+        ("bfloat16-float32-160-1-4", ("forward", "backward")),
         ("bfloat16-bfloat16-64-1-8", THREE_WAYS),
         ("float32-float32-32-5-16", THREE_WAYS),
         ("float16-float32-36-5-3", THREE_WAYS),

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 pytestmark = pytest.mark.usefixtures("kernels_device")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SOME_DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 # (B, C, H, W), T, size, scales: one pixel, wider than the image, off the tiles, none.
 SIZES = [
     ((1, 1, 1, 1), 1, 1, 1),
@@ -37,7 +38,7 @@ def of(locations: Tensor, size: int, scales: int):
     return lambda images: extract_glimpses(images, locations, size, scales)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes, dtype, compare):
     shape, count, size, scales = sizes
@@ -64,7 +65,7 @@ def test_random_cases(seed, compare):
     def one_of(*options):
         return options[int(torch.randint(len(options), (), device="cpu"))]
 
-    shape = (one_of(1, 2), one_of(1, 2, 3), one_of(1, 2, 7, 16, 17, 33), one_of(1, 3, 8, 31, 64, 70))
+    shape = (one_of(1, 2), one_of(1, 2, 3), one_of(1, 2, 7, 16, 17), one_of(1, 3, 8, 31, 33))
     images, locations = draw(shape, one_of(1, 1, 2, 3), one_of(*DTYPES))
     size, scales = one_of(1, 2, 3, 4, 7, 8), one_of(1, 1, 2, 2, 3)
     if one_of(False, True):  # at the corners of pixels and at their centres
@@ -180,14 +181,15 @@ def test_locations_get_no_gradient():
         assert not extract_glimpses(images.detach(), locations, 3).requires_grad
 
 
-def test_thirty_backward_passes_are_equal():
+def test_thirty_backward_passes_are_equal(kernels_device):
     images, locations = draw((1, 1, 9, 9), 2)
     cotangent = torch.randn(1, 2, 2, 1, 3, 3)
+    count = 30 if kernels_device == "cuda" else 3  # the interpreter has one thread
     torch.use_deterministic_algorithms(True)
     try:
         with use_backend("triton"):
             out = extract_glimpses(images, locations, 3, 2)
-        runs = [torch.autograd.grad(out, images, cotangent, retain_graph=True)[0] for _ in range(30)]
+        runs = [torch.autograd.grad(out, images, cotangent, retain_graph=True)[0] for _ in range(count)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(run, runs[0]) for run in runs)

@@ -12,7 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 pytestmark = pytest.mark.usefixtures("kernels_device")
 
 # B, heads of queries and of columns, Lq, k, D, Dv: off the tiles, shorter than one, and longer.
-SIZES = (2, 4, 2, 37, 21, 24, 16)
+SIZES = (2, 2, 1, 37, 21, 24, 16)
+MORE_HEADS = (2, 4, 2, 37, 21, 24, 16)
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 TERMS = 4.0  # what cancels in a gradient of a softmax: dP and its mean, of inputs drawn from N(0, 1)
 SUMMED = 16.0  # in float32, where of one column nothing is left
 
@@ -27,11 +29,11 @@ def masked(sizes) -> Tensor:
     return torch.rand(sizes[0], sizes[4]) < 0.6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_is_as_exact_as_the_definition(is_masked, dtype, compare):
-    mask = masked(SIZES) if is_masked else None
-    compare(low_rank_attention, draw(SIZES, dtype), terms=TERMS, key_mask=mask)
+    mask = masked(MORE_HEADS) if is_masked else None
+    compare(low_rank_attention, draw(MORE_HEADS, dtype), terms=TERMS, key_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +140,9 @@ def test_masks_that_broadcast(shape, compare):
 def test_cotangents_of_any_stride(how):
     inputs = draw(SIZES, torch.float32)
     cotangent = {
-        "stride 0": torch.ones(()).expand(2, 4, 37, 16),
-        "transposed": torch.randn(16, 37, 4, 2).permute(3, 2, 1, 0),
-        "in part": torch.randn(2, 4, 37, 32)[..., ::2],
+        "stride 0": torch.ones(()).expand(2, 2, 37, 16),
+        "transposed": torch.randn(16, 37, 2, 2).permute(3, 2, 1, 0),
+        "in part": torch.randn(2, 2, 37, 32)[..., ::2],
     }[how]
     found = []
     for backend in "reference", "triton":
@@ -151,7 +153,7 @@ def test_cotangents_of_any_stride(how):
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [0, 2]])
 def test_gradients_of_some_inputs_alone(wanted):
-    inputs, cotangent = draw(SIZES, torch.float32), torch.randn(2, 4, 37, 16)
+    inputs, cotangent = draw(SIZES, torch.float32), torch.randn(2, 2, 37, 16)
     with use_backend("reference"):
         expected = torch.autograd.grad(low_rank_attention(*inputs), inputs, cotangent)
     for n, tensor in enumerate(inputs):
@@ -166,13 +168,13 @@ def test_first_and_second_derivatives():
     mask = torch.tensor([[True, False, True]])
     with use_backend("triton"):
         assert gradcheck(lambda *t: low_rank_attention(*t, key_mask=mask), inputs)
-        assert gradgradcheck(lambda *t: low_rank_attention(*t, key_mask=mask), inputs)
+        assert gradgradcheck(lambda *t: low_rank_attention(*t, key_mask=mask), inputs, fast_mode=True)
 
 
 def test_the_mass_of_the_softmax_has_a_gradient():
     from lamina.kernels.fused.low_rank_attention import attention, definition
 
-    inputs, cotangent = draw(SIZES, torch.float64), torch.randn(2, 4, 37, dtype=torch.float64)
+    inputs, cotangent = draw(SIZES, torch.float64), torch.randn(2, 2, 37, dtype=torch.float64)
     found = [
         torch.autograd.grad(f(*inputs, None, 0.2)[1], inputs[:2], cotangent) for f in (attention, definition)
     ]
@@ -234,8 +236,10 @@ def test_forward_derivatives_take_the_definition():
 @pytest.mark.parametrize(
     ("dtype", "cases"),
     [
-        ("bfloat16", "64-64 64-256 80-100 128-128 64-200-masked"),
-        ("float32", "64-128 80-60 128-64"),
+        ("bfloat16", "64-256 80-100 64-200-masked"),
+        ("float32", "64-128"),
+        pytest.param("bfloat16", "64-64 128-128", marks=pytest.mark.slow),
+        pytest.param("float32", "80-60 128-64", marks=pytest.mark.slow),
         pytest.param("float16", "32-64 64-128 64-256 128-64", marks=pytest.mark.slow),
         pytest.param("float64", "64-128", marks=pytest.mark.slow),
     ],

@@ -9,12 +9,15 @@ import pytest
 import torch
 from lamina.kernels import explain, lsh_attention, use_backend
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 pytestmark = pytest.mark.usefixtures("kernels_device")
 
 # B, H, L, D, Dv, rounds and the size of a chunk: off the tiles, and several chunks in one.
 SIZES = (2, 1, 37, 24, 16, 2, 11)
+ALONE = (1, 1, 37, 24, 16, 2, 11)
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 TERMS = 4.0  # what cancels in a gradient of a softmax, of inputs drawn from N(0, 1)
 SUMMED = 16.0  # in float32, where of one key nothing is left
 BUCKETS = 4
@@ -52,7 +55,7 @@ def attend(names, sizes=SIZES, dtype: torch.dtype = torch.float32, **options):
     return operation, inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_feature(name, dtype, compare):
     compare(*attend([name], dtype=dtype), terms=TERMS)
@@ -60,7 +63,7 @@ def test_each_feature(name, dtype, compare):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_each_pair_of_features(pair, compare):
-    compare(*attend(pair), terms=TERMS)
+    compare(*attend(pair, ALONE), terms=TERMS)
 
 
 @pytest.mark.parametrize("more", [[], ["ahead"], ["far", "causal", "mask"]], ids=str)
@@ -275,8 +278,16 @@ def test_dropout_takes_from_a_token_that_sees_no_other_too():
     assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.1)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, (1, 2, 9, 8, 8, 1, 32)], ids=str)
-@pytest.mark.parametrize("names", [["far"], ["ring", "own bucket"], ["ahead", "mask"]], ids=str)
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (["far"], SIZES),
+        (["ring", "own bucket"], ALONE),
+        (["ahead", "mask"], SIZES),
+        (["far"], (1, 2, 9, 8, 8, 1, 32)),  # all in one chunk
+    ],
+    ids=str,
+)
 def test_gradients_drop_what_the_output_dropped(names, sizes):
     """Against the definition, which is told what was left: by `create_graph`, which takes it."""
     operation, inputs = attend(names, sizes, torch.float64, dropout=0.3)
@@ -395,6 +406,27 @@ def test_explain_says_why():
         assert refusal(1, 1, 4, 8) == refusal(1, 1, 4, 8, dtype=torch.float64) == "triton"
         assert "at most 256 wide" in refusal(1, 1, 4, 260)
         assert "has no torch.int32" in refusal(1, 1, 4, 8, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "message"),
+    [
+        (torch.float16, (256, 256), None),
+        (torch.float16, (64, 257), "at most 256 wide in the kernel, these 257"),
+        (torch.float32, (128, 128), None),
+        (torch.float32, (160, 64), "float32 heads wider than 128"),
+        (torch.float32, (64, 160), "float32 heads wider than 128"),
+        (torch.float64, (64, 64), "float64 the kernel is made for tests"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_of_a_gpu_refuses(dtype, widths, message):
+    with FakeTensorMode():
+        inputs = [torch.empty(1, 2, 9, width, device="cuda", dtype=dtype) for width in widths]
+        buckets = torch.empty(1, 2, 3, 9, device="cuda", dtype=torch.int64)
+        explanation = explain(lsh_attention, *inputs, buckets)
+    assert explanation.chosen == ("triton" if message is None else "reference")
+    assert message is None or message in explanation.refusals["triton"]
 
 
 @pytest.mark.gpu

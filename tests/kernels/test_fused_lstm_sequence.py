@@ -54,7 +54,9 @@ def draw(names, sizes=(3, 2, 37), dtype=torch.float32):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_feature(name, dtype, compare):
     operation, inputs = draw([name], dtype=dtype)
@@ -201,8 +203,15 @@ def test_without_gradients_nothing_is_kept():
         assert [t.shape[0] for t in kept] == [4, 3, 3, 3]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("fused", "kept"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_is_registered(fused, kept):
     for names in (), FEATURES:
         _, (projected, weight, hidden, memory, *rest) = draw(names, (3, 2, 5))
@@ -214,8 +223,15 @@ def test_is_registered(fused, kept):
         torch.library.opcheck(loop, [*arguments, fused, kept])
 
 
-@both
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("torch", True),
+        ("triton", False),
+        pytest.param("torch", False, marks=pytest.mark.slow),
+        pytest.param("triton", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_whole_and_keeps_its_numbers(backend, dynamic):
     operation, inputs = draw(FEATURES[:5], (3, 2, 5))
     torch._dynamo.reset()
@@ -360,12 +376,20 @@ def test_graphs_on_a_gpu(names, dtype):
 
 
 VARIANTS = ("peepholes", "norms", "peepholes norms lengths", "peepholes projection")
-FITTING = [f"bfloat16-512-{variant}" for variant in VARIANTS]
-FITTING += ["float32-5-norms", "float16-2048-peepholes norms lengths", "float32-2048-norms"]
+FITTING = ["bfloat16-512-peepholes norms lengths", "bfloat16-512-peepholes projection", "float32-5-norms"]
+MORE = [f"bfloat16-512-{variant}" for variant in VARIANTS[:2]]
+MORE += ["float16-2048-peepholes norms lengths", "float32-2048-norms"]
 SPILLING = ["bfloat16-1000-peepholes norms lengths", "float32-4096-peepholes norms lengths"]
 
 
-@pytest.mark.parametrize(("cases", "spilled"), [(FITTING, 0), (SPILLING, 512)], ids=["fit", "spill"])
+@pytest.mark.parametrize(
+    ("cases", "spilled"),
+    [
+        pytest.param(FITTING, 0, id="fit"),
+        pytest.param(MORE, 0, id="fit too", marks=pytest.mark.slow),
+        pytest.param(SPILLING, 512, id="spill", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_for_hopper(for_sm90, cases, spilled):
     """A program that normalises four thousand units spills some registers, of a thousand two."""
     compiled = for_sm90("lstm_sequence.py", *cases, spilled=spilled)

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 seeds = st.integers(0, 2**31)
 lengths = st.integers(1, 17)
 REACH = [(1, 0), (1, 1), (0, 0), (2, 1), (0, 2)]
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(*sizes: int, dtype=torch.float64) -> list[Tensor]:
@@ -53,6 +54,7 @@ def test_is_the_formula(backend, look_back, look_ahead, is_causal, with_mask, se
     torch.testing.assert_close(actual, in_numpy(*inputs, **options))
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("length", [60, 61, 5])
@@ -68,6 +70,7 @@ def test_torch_path_is_as_exact_as_the_definition(length, is_causal, dtype, comp
     compare(operation, draw(2, 3, length, 5, dtype=dtype), backend="torch")
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @given(seed=seeds, length=lengths, padding=st.integers(1, 9))
 def test_padding_has_no_influence(backend, seed, length, padding):
@@ -84,6 +87,7 @@ def test_padding_has_no_influence(backend, seed, length, padding):
     assert all((g[:, :, length:] == 0).all() for g in gradients)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @given(seed=seeds, length=lengths, at=st.integers(0, 16))
 def test_causal_reaches_no_later_key(backend, seed, length, at):
@@ -98,6 +102,7 @@ def test_causal_reaches_no_later_key(backend, seed, length, at):
     assert all((g[:, :, :first] == 0).all() for g in gradients)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_without_keys_it_gives_zero_and_passes_no_gradient(backend):
     inputs = draw(2, 2, 11, 3, dtype=torch.float32)
@@ -108,6 +113,7 @@ def test_without_keys_it_gives_zero_and_passes_no_gradient(backend):
     assert all((g[1] == 0).all() for g in torch.autograd.grad(out, inputs, torch.randn_like(out)))
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_nothing_gives_nothing(backend):
     with use_backend(backend):
@@ -126,6 +132,7 @@ def test_gradients_of_the_definition_to_second_order():
         assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_by_default_it_sees_one_chunk_back(backend):
     inputs = draw(1, 2, 13, 3)
@@ -135,6 +142,7 @@ def test_by_default_it_sees_one_chunk_back(backend):
         assert not torch.allclose(local_attention(*inputs, window=3, look_back=2), expected)
 
 
+@on_the_device
 def test_forward_derivatives_take_the_definition():
     query, key, value = (t.detach() for t in draw(1, 1, 130, 3))
     tangent = torch.randn_like(query)
@@ -148,6 +156,7 @@ def test_forward_derivatives_take_the_definition():
     torch.testing.assert_close(actual, expected)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_scale_and_dropout_reach_the_attention(backend):
     query, key, value = draw(1, 2, 13, 4)

@@ -7,12 +7,15 @@ from lamina.kernels.low_rank_attention import MOST_COLUMNS, low_rank_attention_r
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+on_the_device = pytest.mark.usefixtures("kernels_device")
+
 
 def draw(queries: int = 7, columns: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     shapes = (2, 4, queries, 3), (2, 2, columns, 3), (2, 2, columns, 11)
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+@on_the_device
 def test_is_the_formula():
     query, key, value = draw()
     key_mask = torch.tensor([[True, False, True, True, False], [False] * 5])
@@ -24,6 +27,7 @@ def test_is_the_formula():
     assert (out[1] == 0).all()
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("queries", [7, 60])
 def test_equals_attention_to_as_many_keys(backend, queries):
@@ -37,6 +41,7 @@ def test_equals_attention_to_as_many_keys(backend, queries):
     torch.testing.assert_close(actual, reference)
 
 
+@on_the_device
 def test_is_twice_differentiable():
     inputs = [t.detach()[:1, :2, :3, :2].requires_grad_() for t in draw()]
     key_mask = torch.tensor([[True, False, True]])
@@ -44,12 +49,14 @@ def test_is_twice_differentiable():
     assert gradgradcheck(lambda *t: low_rank_attention(*t, key_mask=key_mask), inputs)
 
 
+@on_the_device
 def test_dropout_is_of_the_weights():
     query = key = torch.zeros(2, 4, 64, 16)
     left = low_rank_attention(query, key, torch.eye(64).expand(2, 4, 64, 64), dropout=0.3) * 64
     assert (left == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
+@on_the_device
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_and_keeps_its_numbers(dynamic):
     inputs, cotangent = draw(60), torch.randn(2, 4, 60, 11).double()

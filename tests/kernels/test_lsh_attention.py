@@ -2,17 +2,19 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import lsh_attention
+from lamina.kernels import explain, lsh_attention, use_backend
 from lamina.kernels.lsh_attention import lsh_attention_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+module = sys.modules["lamina.kernels.lsh_attention"]
 seeds = st.integers(0, 2**31)
 lengths = st.integers(1, 13)
 
@@ -30,6 +32,7 @@ OPTIONS = [
     {"circular": True, "same_bucket": True, "deduplicate": True, "look_back": 2},
 ]
 SOME = [OPTIONS[1], OPTIONS[6], OPTIONS[8]]
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(*sizes: int, rounds: int = 3, num_buckets: int = 4, dtype=torch.float64) -> list[Tensor]:
@@ -115,6 +118,29 @@ def test_is_the_formula_at_every_size(options, seed, length, chunk_size, rounds)
     torch.testing.assert_close(lsh_attention_weights(query_key, buckets, **options), weights)
 
 
+@pytest.mark.parametrize("cells", [1, 2 * 11 * 11, 3 * 11 * 11, 2**19])
+def test_on_a_cpu_a_few_heads_at_a_time_are_all_of_them(cells, monkeypatch):
+    """One head of one batch, two heads, all of a batch, and everything."""
+    monkeypatch.setattr(module, "_CELLS", cells)
+    query_key, value, buckets = draw(2, 3, 11, 5)
+    options = {"num_buckets": 4, "chunk_size": 5, "key_mask": masked(2, 11), "circular": True}
+    cotangent = torch.randn_like(value)
+    outcomes = []
+    for backend in "torch", "reference":
+        with use_backend(backend):
+            assert explain(lsh_attention, query_key, value, buckets, **options).chosen == backend
+            out = lsh_attention(query_key, value, buckets, **options)
+        outcomes.append((out, *torch.autograd.grad(out, query_key, cotangent)))
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
+def test_no_batch_and_no_heads_on_a_cpu(shape):
+    query_key, value, buckets = draw(*shape, 11, 5)
+    assert lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=3).shape == value.shape
+
+
 def plain(query_key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
     """Shared-QK attention, in which the token itself counts only where there is no other."""
     length, dim = query_key.shape[-2:]
@@ -126,6 +152,7 @@ def plain(query_key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
     return weights @ value + torch.where(others.any(-1, keepdim=True), 0.0, value)
 
 
+@on_the_device
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"circular": True}, {"deduplicate": True}, {"look_ahead": 1}], ids=str
@@ -148,6 +175,7 @@ def test_one_chunk_is_plain_shared_attention(chunk_size, options, is_causal):
         )
 
 
+@on_the_device
 def test_chunks_that_all_see_each_other_are_plain_attention_in_every_round():
     """Four chunks a round, which each look three back and three ahead: sorting plays no part any more."""
     query_key, value, buckets = draw(2, 3, 16, 5)
@@ -165,6 +193,7 @@ def test_a_token_that_sees_no_other_is_itself_exactly_in_float32():
     assert torch.equal(out, value)
 
 
+@on_the_device
 def test_a_round_in_which_a_token_sees_only_itself_counts_nothing():
     query_key, value, _ = draw(1, 1, 4, 3, dtype=torch.float32)
     found, lost = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])
@@ -175,6 +204,7 @@ def test_a_round_in_which_a_token_sees_only_itself_counts_nothing():
     assert torch.equal(both, value[:, :, [1, 0, 3, 2]])
 
 
+@on_the_device
 @given(seed=seeds, length=lengths, padding=st.integers(1, 9))
 @pytest.mark.parametrize("options", [o for o in OPTIONS if "circular" not in o], ids=str)
 def test_padding_has_no_influence(options, seed, length, padding):
@@ -196,6 +226,7 @@ def test_padding_has_no_influence(options, seed, length, padding):
     assert all((g[:, :, length:] == 0).all() for g in gradients)
 
 
+@on_the_device
 @given(seed=seeds, length=lengths, at=st.integers(0, 12))
 def test_masked_tokens_have_no_influence_wherever_they_stand(seed, length, at):
     torch.manual_seed(seed)
@@ -255,6 +286,7 @@ def test_gradients_to_second_order(options):
     assert gradgradcheck(operation, (query_key, value), fast_mode=True)
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", SOME, ids=str)
 def test_half_precision_is_finite_and_near(options, dtype):
@@ -283,6 +315,7 @@ def test_float16_does_not_overflow_in_the_sum_of_many_keys():
     torch.testing.assert_close(out, value)
 
 
+@on_the_device
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e4])
 def test_queries_of_any_size_have_finite_gradients(size):
     query_key, value, buckets = draw(1, 2, 13, 4, dtype=torch.float32)
@@ -294,6 +327,7 @@ def test_queries_of_any_size_have_finite_gradients(size):
     )
 
 
+@on_the_device
 def test_dropout_is_of_the_weights_and_keeps_the_mean():
     query_key, buckets = torch.zeros(1, 1, 400, 2), torch.zeros(1, 1, 1, 400).long()
     value = torch.eye(400)[None, None]
@@ -312,6 +346,7 @@ def test_dropout_is_of_the_weights_and_keeps_the_mean():
     assert sorted({round(x, 4) for x in alone.flatten().tolist()}) == [0.0, round(1 / 0.7, 4)]
 
 
+@on_the_device
 def test_nothing_gives_nothing():
     assert lsh_attention(*draw(2, 3, 0, 5), num_buckets=4, chunk_size=3).shape == (2, 3, 0, 7)
     assert lsh_attention(*draw(0, 3, 5, 5), num_buckets=4, chunk_size=3).shape == (0, 3, 5, 7)

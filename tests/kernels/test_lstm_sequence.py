@@ -18,6 +18,7 @@ VARIANTS = {
     "all": OPTIONS[:5],
     "all reversed": OPTIONS,
 }
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(names, sizes=(7, 3, 5), dtype=torch.float64):
@@ -100,6 +101,7 @@ def test_equals_the_formula(names, backend):
     np.testing.assert_allclose(actual.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @every_variant
 def test_pytorchs_loop(names, dtype, compare):
@@ -107,6 +109,7 @@ def test_pytorchs_loop(names, dtype, compare):
     compare(operation, inputs, "torch")
 
 
+@on_the_device
 @pytest.mark.parametrize(
     "sizes", [(7, 0, 5), (1, 1, 1), (1, 3, 5), (67, 2, 3), (130, 1, 8), (9, 64, 160)], ids=str
 )
@@ -117,6 +120,7 @@ def test_sizes(names, sizes, compare):
     compare(operation, inputs, "torch", terms=16.0)
 
 
+@on_the_device
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_no_step_changes_nothing(backend):
     operation, inputs = draw(OPTIONS, (0, 3, 5))
@@ -138,6 +142,7 @@ def test_derivatives(names, backend):
         assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
+@on_the_device
 @pytest.mark.parametrize("steps", [7, 70])
 @every_variant
 def test_without_gradients_it_is_the_same(names, steps):
@@ -168,6 +173,7 @@ def test_what_is_behind_the_end_has_no_influence(seed, reverse, norms, backend):
     assert not outcomes[0][1][behind].any()
 
 
+@on_the_device
 @given(seed=seeds, cut=st.integers(0, 7), projects=st.booleans())
 def test_the_state_carries_over(seed, cut, projects):
     torch.manual_seed(seed)
@@ -181,6 +187,7 @@ def test_the_state_carries_over(seed, cut, projects):
     torch.testing.assert_close(state, last)
 
 
+@on_the_device
 @given(seed=seeds)
 def test_reversed_is_the_reversed_sequence(seed):
     torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 module = importlib.import_module("lamina.kernels.nearest_code")  # the package has its function
 seeds = st.integers(0, 2**31)
 backends = pytest.mark.parametrize("backend", ["reference", "torch"])
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def excess(indices: Tensor, x: Tensor, codebook: Tensor, middle: Tensor | None = None) -> Tensor:
@@ -49,6 +50,7 @@ def test_is_the_formula(backend, seed, count, codes, dim):
     assert torch.equal(actual, in_numpy(x, codebook))
 
 
+@on_the_device
 @backends
 def test_any_leading_dimensions(backend):
     x, codebook = torch.randn(2, 3, 5, 7), torch.randn(11, 7)
@@ -61,6 +63,7 @@ def test_any_leading_dimensions(backend):
         assert nearest_code(x[:, :0], codebook).shape == (2, 0, 5)
 
 
+@on_the_device
 @given(seed=seeds, dim=st.integers(1, 40), copies=st.integers(2, 5), codes=st.integers(1, 40))
 def test_of_equal_codes_the_first_by_definition_and_an_equal_one_by_products(seed, dim, copies, codes):
     torch.manual_seed(seed)
@@ -71,6 +74,7 @@ def test_of_equal_codes_the_first_by_definition_and_an_equal_one_by_products(see
     assert torch.equal(nearest_code(x, codebook.repeat(copies, 1)) % codes, once)
 
 
+@on_the_device
 @backends
 @given(seed=seeds, dim=st.integers(1, 4), offset=st.sampled_from([0, 1024]))
 def test_of_codes_at_one_distance_the_first(backend, seed, dim, offset):
@@ -81,12 +85,14 @@ def test_of_codes_at_one_distance_the_first(backend, seed, dim, offset):
         assert torch.equal(nearest_code(x.float(), codebook.float()), expected)
 
 
+@on_the_device
 def test_one_code_far_away_costs_no_precision():
     x, codebook = torch.randn(97, 5), torch.randn(64, 5)
     codebook[0] = 1e4
     assert excess(nearest_code(x, codebook), x, codebook, middle=codebook[1:].mean(0)).max() <= 1e-6
 
 
+@on_the_device
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (67, 13, 5), (700, 1024, 64), (1031, 1500, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -97,11 +103,13 @@ def test_errs_no_more_than_rounding(dtype, sizes, offset):
     assert excess(nearest_code(x, codebook), x, codebook).max() <= 8 * torch.finfo(torch.float32).eps
 
 
+@on_the_device
 def test_indices_are_those_of_float64_where_no_two_codes_are_close():
     x, codebook = torch.randn(2053, 64), torch.randn(1024, 64)
     assert torch.equal(nearest_code(x, codebook), nearest_code(x.double(), codebook.double()))
 
 
+@on_the_device
 @pytest.mark.parametrize("tile", [(1, 1), (333, 31), (1000, 30), (7, 16), (1001, 1024)])
 def test_tiles_cover_every_vector_and_every_code(tile, monkeypatch, unwritten_memory_is_nan):
     x, codebook = torch.randint(-2, 3, (97, 3)).double(), torch.randint(-2, 3, (31, 3)).double()
@@ -126,6 +134,7 @@ def test_no_more_than_a_tile_of_scores_exists():
     assert max(sizes) <= 4 * 2**19  # all scores are 36 MB
 
 
+@on_the_device
 def test_what_is_no_number_still_gives_an_index():
     x = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [0.0, 0.0]])
     for backend in "reference", "torch":
@@ -144,11 +153,13 @@ def test_autocast_costs_no_precision():
         assert torch.equal(compiled(x, codebook), expected)
 
 
+@on_the_device
 def test_dtypes_may_differ():
     x, codebook = torch.randn(13, 5, dtype=torch.bfloat16), torch.randn(7, 5)
     assert torch.equal(nearest_code(x, codebook), nearest_code(x.float(), codebook))
 
 
+@on_the_device
 def test_no_gradient_and_no_trace_of_one():
     x, codebook = torch.randn(13, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     assert not nearest_code(x, codebook).requires_grad

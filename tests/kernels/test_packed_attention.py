@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 seeds = st.integers(0, 2**31)
 lengths = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=0, max_size=4)
 on_every_backend = pytest.mark.parametrize("backend", ["reference", "torch"])
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(queries: int, keys: int) -> list[Tensor]:
@@ -22,6 +23,7 @@ def starts(numbers) -> Tensor:
     return torch.tensor([0, *numbers]).cumsum(0)
 
 
+@on_the_device
 @on_every_backend
 @given(seed=seeds, lengths=lengths, options=st.sampled_from([{}, {"is_causal": True}, {"window": (1, 2)}]))
 def test_each_sequence_is_attention_by_itself(backend, seed, lengths, options):
@@ -39,6 +41,7 @@ def test_each_sequence_is_attention_by_itself(backend, seed, lengths, options):
         torch.testing.assert_close(actual[i], expected[0].transpose(0, 1))
 
 
+@on_the_device
 def test_keys_start_where_queries_do_unless_they_say():
     query, key, value = draw(7, 7)
     at = torch.tensor([0, 3, 7])
@@ -51,6 +54,7 @@ def test_keys_start_where_queries_do_unless_they_say():
     )
 
 
+@on_the_device
 def test_derivatives():
     inputs, at = draw(5, 5), torch.tensor([0, 2, 5])
     with use_backend("torch"):
@@ -58,6 +62,7 @@ def test_derivatives():
         assert gradgradcheck(lambda *inputs: packed_attention(*inputs, at, is_causal=True), inputs)
 
 
+@on_the_device
 def test_dropout_drops():
     query, key, value = draw(50, 50)
     at = torch.tensor([0, 20, 50])
@@ -107,3 +112,61 @@ def test_dtypes_must_be_one():
     tokens = torch.zeros(7, 4, 5)
     with pytest.raises(ValueError, match=r"must share one dtype, got torch.float32, torch.float64 and"):
         packed_attention(tokens, tokens.double(), tokens, torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout": 0.4}], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4, 5, 5), (4, 2, 5, 3)], ids=str)
+def test_gradients_of_the_one_operation(sizes, options):
+    """First and second ones, of heads that PyTorch's fused attention takes and of such as it does not.
+
+    The third sequence has no key, the fourth no query; of the last, causal, two queries see no key.
+    """
+    of_queries, of_keys = starts([3, 2, 1, 0, 4]), starts([3, 4, 0, 2, 2])
+    heads, groups, dim, of_value = sizes
+    shapes = (10, heads, dim), (11, groups, dim), (11, groups, of_value)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def seeded(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return packed_attention(*inputs, of_queries, of_keys, **options)
+
+    assert gradcheck(seeded, inputs)
+    assert gradgradcheck(seeded, inputs)
+    if not options.get("dropout"):
+        with use_backend("reference"):
+            expected = seeded(*inputs)
+        torch.testing.assert_close(seeded(*inputs), expected)
+
+
+def test_dropout_keeps_the_mean():
+    query, key, value = (t.detach() for t in draw(7, 7))
+    at = torch.tensor([0, 3, 7])
+    drawn = torch.stack([packed_attention(query, key, value, at, dropout=0.3) for _ in range(600)])
+    error = (drawn.mean(0) - packed_attention(query, key, value, at)).abs()
+    assert (error < 6 * drawn.std(0) / 600**0.5).all()
+
+
+def test_a_compiled_graph_holds_sequences_of_any_length():
+    def attention(query, key, value, at):
+        return packed_attention(query, key, value, at, is_causal=True)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in [3, 4], [1, 0, 5, 2, 2], []:
+        at = starts(lengths)
+        inputs = draw(int(at[-1]), int(at[-1]))
+        expected, actual = attention(*inputs, at), compiled(*inputs, at)
+        torch.testing.assert_close(actual, expected)
+        cotangent = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
+        )
+
+
+def test_half_precision_stays_near():
+    inputs, at = [t.float() for t in draw(50, 50)], torch.tensor([0, 20, 50])
+    exact = packed_attention(*inputs, at)
+    halves = packed_attention(*(t.bfloat16() for t in inputs), at)
+    assert halves.dtype is torch.bfloat16
+    assert (halves.float() - exact).norm() / exact.norm() < 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed_attention(*inputs, at).dtype is torch.bfloat16

@@ -10,6 +10,7 @@ from lamina.layers import causal_mask, mask_from_lengths, window_mask
 
 sizes, seeds = st.integers(1, 7), st.integers(0, 2**31)
 on_every_backend = pytest.mark.parametrize("backend", ["reference", "torch"])
+on_the_device = pytest.mark.usefixtures("kernels_device")
 
 
 def draw(batch: int, heads: int, queries: int, keys: int, dim: int):
@@ -30,6 +31,7 @@ def test_distance_in_loops(queries, keys, power):
                 assert dense[h, i, j].item() == pytest.approx(expected)
 
 
+@on_the_device
 def test_a_grid_of_two_axes_is_one_table():
     """Each offset of two cells of a 3 x 4 grid has one entry, and each entry one offset."""
     rows, cols = torch.arange(3).repeat_interleave(4), torch.arange(4).repeat(3)
@@ -41,6 +43,7 @@ def test_a_grid_of_two_axes_is_one_table():
     assert len(offsets.unique()) == 35
 
 
+@on_the_device
 @on_every_backend
 @given(seed=seeds, queries=sizes, keys=sizes)
 def test_attention_with_each_is_attention_with_what_it_writes_out(backend, seed, queries, keys):
@@ -64,6 +67,7 @@ def test_attention_with_each_is_attention_with_what_it_writes_out(backend, seed,
         torch.testing.assert_close(*outcomes)
 
 
+@on_the_device
 @on_every_backend
 @given(seed=seeds, queries=sizes, keys=sizes, before=st.integers(0, 4), after=st.integers(0, 4))
 def test_windows_and_lengths_are_masks(backend, seed, queries, keys, before, after):
@@ -81,6 +85,7 @@ def test_windows_and_lengths_are_masks(backend, seed, queries, keys, before, aft
     assert torch.equal(window_mask(queries, keys, before=keys + queries, after=0), causal_mask(queries, keys))
 
 
+@on_the_device
 def test_the_weights_have_it_too():
     query, key, _ = (t.detach() for t in draw(2, 3, 4, 5, 7))
     score_bias, bias = DistanceBias(torch.randn(3)), torch.randn(4, 5, dtype=torch.float64)
@@ -88,6 +93,7 @@ def test_the_weights_have_it_too():
     torch.testing.assert_close(attention_weights(query, key, bias=bias, score_bias=score_bias), expected)
 
 
+@on_the_device
 def test_far_keys_stay_finite_in_half_precision():
     """At distance 999 a square is beyond float16: -inf would exclude the only key that the mask leaves."""
     query = key = value = torch.randn(1, 1, 1000, 4).half()

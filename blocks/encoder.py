@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import KeyValueCache
+from ..layers import KeyValueCache, Packing
 from .decoder_block import DecoderBlock, DecoderBlockCache
 from .encoder_block import EncoderBlock
 
@@ -30,9 +30,11 @@ class Encoder(nn.Module):
         - key_mask: (B, L) of bool, True where a token takes part
         - mask, bias, is_causal: what the blocks' attention takes, see `MultiHeadAttention`
         - output: (B, L, C)
+        - packed: x and output (N, C)
 
     Raises:
         ValueError: a cache is given that has not one entry a block.
+        TypeError: the attention does not take what is given, for example a `packing`.
 
     Reference:
         Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.1.
@@ -69,8 +71,12 @@ class Encoder(nn.Module):
         bias: Tensor | None = None,
         is_causal: bool = False,
         cache: Sequence[KeyValueCache] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """The encoded tokens, (B, L, C). Shapes as above; `cache` from `make_cache`, to decode by steps."""
+        """The encoded tokens, (B, L, C). Shapes as above.
+
+        `cache` is from `make_cache`, to decode by steps; `packing` from `pack`, for tokens without padding.
+        """
         _check_cache(cache, self.blocks)
         for i, block in enumerate(self.blocks):
             x = block(
@@ -80,6 +86,7 @@ class Encoder(nn.Module):
                 bias=bias,
                 is_causal=is_causal,
                 cache=None if cache is None else cache[i],
+                packing=packing,
             )
         out: Tensor = self.norm(x)
         return out

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..layers import DropPath, FeedForward, KeyValueCache, MultiHeadAttention
+from ..layers import DropPath, FeedForward, KeyValueCache, MultiHeadAttention, Packing
 from .parts import Part, attend, made
 
 
@@ -34,6 +34,10 @@ class EncoderBlock(nn.Module):
         - key_mask: (B, L) of bool, True where a token takes part
         - mask, bias, is_causal: what the attention takes, see `MultiHeadAttention`
         - output: (B, L, C)
+        - packed: x and output (N, C)
+
+    Raises:
+        TypeError: the attention does not take what is given, for example a `packing`.
 
     Reference:
         Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.1.
@@ -77,8 +81,13 @@ class EncoderBlock(nn.Module):
         bias: Tensor | None = None,
         is_causal: bool = False,
         cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """The block's output, (B, L, C). Shapes as above; `cache` as of the attention, to decode by steps."""
+        """The block's output, (B, L, C). Shapes as above.
+
+        `cache` is the attention's, to decode by steps; `packing` tells where the sequences of packed tokens
+        stand.
+        """
 
         def attention(tokens: Tensor) -> Tensor:
             return self.dropout(
@@ -90,12 +99,17 @@ class EncoderBlock(nn.Module):
                     bias=bias,
                     is_causal=is_causal,
                     cache=cache,
+                    packing=packing,
                 )
             )
 
+        def drop_path(branch: Tensor) -> Tensor:
+            out: Tensor = self.drop_path(branch, packing=packing)
+            return out
+
         if self.norm_first:
-            x = x + self.drop_path(attention(self.attention_norm(x)))
-            return x + self.drop_path(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.drop_path(attention(x)))
-        out: Tensor = self.feed_forward_norm(x + self.drop_path(self.feed_forward(x)))
+            x = x + drop_path(attention(self.attention_norm(x)))
+            return x + drop_path(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + drop_path(attention(x)))
+        out: Tensor = self.feed_forward_norm(x + drop_path(self.feed_forward(x)))
         return out

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import KeyValueCache
+from ..layers import KeyValueCache, Packing
 
 Part = nn.Module | Callable[..., nn.Module]
 
@@ -25,6 +25,7 @@ def attend(
     bias: Tensor | None = None,
     is_causal: bool = False,
     cache: KeyValueCache | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Calls any attention with what is given and nothing else, so that one which cannot honour it says so.
 
@@ -32,6 +33,7 @@ def attend(
     without.
     """
     given: dict[str, Any] = {"key_mask": key_mask, "mask": mask, "bias": bias, "cache": cache}
+    given["packing"] = packing
     given = {name: value for name, value in given.items() if value is not None}
     if is_causal:
         given["is_causal"] = True

@@ -28,6 +28,7 @@ from .memory_hop import MemoryHop
 from .memory_hops import memory_hops
 from .multi_head_attention import MultiHeadAttention
 from .norms import LayerNorm2d, PixelNorm, ScaleNorm
+from .packing import Packing, pack, unpack
 from .patch_embedding import PatchEmbedding
 from .pixel_shuffle import PixelShuffleUpsample
 from .recurrent import Recurrent, RecurrentCell
@@ -74,6 +75,7 @@ __all__ = [
     "Maxout",
     "MemoryHop",
     "MultiHeadAttention",
+    "Packing",
     "PatchEmbedding",
     "PixelNorm",
     "PixelShuffleUpsample",
@@ -106,6 +108,8 @@ __all__ = [
     "masked_softmax",
     "memory_hops",
     "orthogonality_penalty",
+    "pack",
     "temporal_noise_ages",
+    "unpack",
     "window_mask",
 ]

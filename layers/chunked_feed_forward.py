@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .feed_forward import FeedForward
+from .feed_forward import HOOKS, FeedForward
 
 # Functions of their input alone, which give the same when they are computed again.
 _PLAIN_ACTIVATIONS = (
@@ -126,13 +126,12 @@ class ChunkedFeedForward(FeedForward):
     def _is_plain(self, x: Tensor) -> bool:
         """Whether the three layers are their products and nothing else: no hook, no other class, no cast."""
         layers = [self.up, self.down] if self.gate is None else [self.up, self.gate, self.down]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return (
             x.dtype in (torch.float32, torch.float64)  # half precision would add up the chunks in itself
             and all(type(layer) is nn.Linear and layer.weight.dtype == x.dtype for layer in layers)
             and type(self.activation) in _PLAIN_ACTIVATIONS
             and not getattr(self.activation, "inplace", False)
-            and not any(getattr(part, hook) for part in (*layers, self.activation) for hook in hooks)
+            and not any(getattr(part, hook) for part in (*layers, self.activation) for hook in HOOKS)
             and all(type(part) is nn.Dropout for part in (self.dropout, self.hidden_dropout))
             and not (self.training and (self.dropout.p or self.hidden_dropout.p))
             and x.device.type != "meta"  # which autocast does not know

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .packing import Packing, packed_places
+
 
 class DropPath(nn.Module):
     """In training, drops the whole residual branch for each sample with a probability.
@@ -17,7 +19,7 @@ class DropPath(nn.Module):
         probability: p, from 0 (the identity) to 1 (zero).
 
     Shape:
-        - x: (B, ...)
+        - x: (B, ...), or packed (N, ...)
         - output: as x
 
     Raises:
@@ -38,11 +40,15 @@ class DropPath(nn.Module):
             raise ValueError(f"probability must be between 0 and 1, got probability={probability}")
         self.probability = probability
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, packing: Packing | None = None) -> Tensor:
+        """Shapes as above; a `packing` tells the sequences of packed tokens, which are dropped whole."""
         if not self.training or self.probability == 0:
             return x
         keep = 1 - self.probability
-        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < keep
+        samples = len(x) if packing is None else len(packing.starts) - 1
+        kept = torch.rand(samples, *[1] * (x.dim() - 1), device=x.device) < keep
+        if packing is not None:
+            kept = kept[packed_places(packing, len(x))[0]]
         # Not x * kept: a dropped branch that overflowed must give zero, not NaN.
         return torch.where(kept, x / keep if keep else x, 0.0)
 

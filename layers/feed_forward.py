@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class FeedForward(nn.Module):
     """Two linear layers with a nonlinearity between, applied to each token alone.
@@ -71,7 +73,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            hidden = self.activation(self.up(x))
+            hidden = self.up(x)
+            hidden = hidden.relu_() if self._in_place() else self.activation(hidden)
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
         return self.dropout(self.down(self.hidden_dropout(hidden)))
+
+    def _in_place(self) -> bool:
+        """Whether a ReLU may write into its input: a fresh product, which nobody else sees or has saved."""
+        up, activation = self.up, self.activation
+        if type(up) is not nn.Linear or type(activation) is not nn.ReLU:
+            return False
+        return not any(getattr(part, hooks) for part in (up, activation) for hooks in HOOKS)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,6 +25,7 @@ class LearnedPositions(nn.Module):
 
     Shape:
         - x: (B, L, dim)
+        - positions: (L,), or as x without its channels; 0 … L - 1 by default
         - output: as x
 
     Raises:
@@ -58,11 +60,17 @@ class LearnedPositions(nn.Module):
         """N(0, 0.02), not truncated."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, *, offset: int = 0) -> Tensor:
-        """Adds places offset … offset + L - 1."""
+    def forward(self, x: Tensor, *, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Adds places offset … offset + L - 1; or those of `positions`, each a row of the table.
+
+        Positions are for tokens that do not stand side by side: packed or left-padded rows.
+        """
         if x.dim() < 2 or x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"x must be (B, L, {self.weight.shape[1]}), got {tuple(x.shape)}")
-        return x + self.table(x.shape[-2], offset)
+        if positions is None:
+            return x + self.table(x.shape[-2], offset)
+        check_positions(x, positions)
+        return x + F.embedding(positions + offset, self.weight)
 
     def table(self, length: int, offset: int = 0) -> Tensor:
         """(length, dim): what `forward` adds."""
@@ -179,6 +187,14 @@ class LearnedPositions2d(nn.Module):
         return (
             f"{self.grid}, {self.weight.shape[1]}, interpolation={self.interpolation!r}, "
             f"num_prefix_tokens={0 if self.prefix is None else len(self.prefix)}"
+        )
+
+
+def check_positions(x: Tensor, positions: Tensor) -> None:
+    """Raises ValueError where there is not a position for each token."""
+    if positions.shape not in (x.shape[-2:-1], x.shape[:-1]):
+        raise ValueError(
+            f"positions must be ({x.shape[-2]},) or {tuple(x.shape[:-1])}, got {tuple(positions.shape)}"
         )
 
 

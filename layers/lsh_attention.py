@@ -27,8 +27,9 @@ class LSHAttention(nn.Module):
 
     The rotations are a function of the seed, which is in the state dict, and of head, round and column: two
     calls give the same, `num_hashes` may be raised after training (the first rounds stay), and the caller's
-    random stream is not touched. Give stacked layers different seeds, or every forward a `generator` to draw
-    rotations from, as the original does in training.
+    random stream is not touched. Give stacked layers different seeds. The original draws rotations anew in
+    each pass: `redraw` does so in training, from the global stream as dropout does, so that `Reversible`
+    hashes the same again; or give a forward a `generator`.
 
     It differs from the paper where the original's code does (a token also sees other buckets in its chunks,
     and a pair that meets in several rounds counts as often): `same_bucket` and `deduplicate` are the paper's
@@ -62,6 +63,7 @@ class LSHAttention(nn.Module):
         scale: of the scores, 1 where it is not given.
         bias: whether the three projections have one.
         dropout: probability with which an attention weight is dropped in training.
+        redraw: every forward in training has rotations of its own; evaluation has the seed's.
         seed: of the rotations.
 
     Shape:
@@ -101,6 +103,7 @@ class LSHAttention(nn.Module):
         scale: float | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        redraw: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,7 +126,7 @@ class LSHAttention(nn.Module):
         self.same_bucket, self.deduplicate = same_bucket, deduplicate
         self.scale = 1.0 if scale is None else scale
         self.dropout = dropout
-        self.seed = seed
+        self.redraw, self.seed = redraw, seed
         self.query_key = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
         self.value = nn.Linear(dim, num_heads * self.head_dim, bias=bias, **factory)
         self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias, **factory)
@@ -145,7 +148,7 @@ class LSHAttention(nn.Module):
     ) -> Tensor:
         """The output, (B, L, dim). Shapes as above; `generator` draws other rotations than the seed's."""
         query_key = split_heads(self.query_key(query), self.num_heads)
-        buckets, options = self._hash(query_key, generator)
+        buckets, options = self._hash(query_key, generator, redraw=self.redraw and self.training)
         heads = lsh_attention(
             query_key,
             split_heads(self.value(query), self.num_heads),
@@ -166,15 +169,19 @@ class LSHAttention(nn.Module):
         buckets, options = self._hash(query_key, None)
         return lsh_attention_weights(query_key, buckets, **options, key_mask=key_mask, is_causal=is_causal)
 
-    def _hash(self, query_key: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Any]]:
+    def _hash(
+        self, query_key: Tensor, generator: torch.Generator | None, *, redraw: bool = False
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The tokens' buckets, (B, H, R, L), and what the operation is told besides."""
         chunks = (query_key.shape[2] + self.chunk_size - 1) // self.chunk_size
         factors = [2 * max(chunks, 1)] if self.num_buckets is None else _factors(self.num_buckets)
         shape = (self.num_heads, self.head_dim, self.num_hashes, sum(n // 2 for n in factors))
-        if generator is None:
-            rotations = seeded_normals(self.hash_seed, shape)
-        else:
+        if generator is not None:
             rotations = torch.randn(shape, generator=generator, device=generator.device)
+        elif redraw:
+            rotations = torch.randn(shape, device=query_key.device)
+        else:
+            rotations = seeded_normals(self.hash_seed, shape)
         buckets = lsh_buckets(query_key, rotations.to(query_key.device), num_buckets=factors)
         return buckets, {
             "num_buckets": math.prod(factors),

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..kernels import dot_product_attention
+from ..kernels import dot_product_attention, packed_attention
 from ..kernels.checks import check_dropout
 from ..kernels.dot_product_attention import attention_weights, with_score_bias
-from ..kernels.score_bias import ScoreBias
+from ..kernels.score_bias import DistanceBias, ScoreBias
 from ._heads import head_size, join_heads, split_heads, start_projections
 from .key_value_cache import KeyValueCache
 from .masking import attention_mask
+from .packing import Packing, packed_places
 
 
 class MultiHeadAttention(nn.Module):
@@ -51,9 +52,11 @@ class MultiHeadAttention(nn.Module):
         - bias: float, broadcastable to (B, H, Lq, Lk), added to the scores; or a `DistanceBias` or
           `TableBias`, which need not be written out
         - output: (B, Lq, dim); a query with no key gives the bias of the output projection alone
+        - packed: query (N, dim), key (M, key_dim), value (M, value_dim) and output (N, dim)
 
     Raises:
-        ValueError: the heads do not divide `dim` or each other, a size or mask does not fit.
+        ValueError: the heads do not divide `dim` or each other, a size or mask does not fit, or packed tokens
+            come with a mask, a cache or a bias that is written out.
 
     Reference:
         Vaswani et al. Attention Is All You Need. NIPS 2017. Section 3.2.
@@ -121,13 +124,24 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | ScoreBias | None = None,
         is_causal: bool = False,
         cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
+        key_packing: Packing | None = None,
     ) -> Tensor:
         """The output, (B, Lq, dim). Shapes as above.
 
         With a `cache`, self-attention appends the keys and values of the new tokens to it and attends over
         all (masks are over all keys, the kept ones first); cross-attention projects `key` and `value` at the
         first step and takes what the cache keeps at every later one.
+
+        With a `packing`, from `pack`, the queries of all sequences stand in one row without padding, and
+        their keys in another, which `key_packing` tells where it is not the same. A `rotary` takes
+        `positions=` then.
         """
+        if packing is not None:
+            given = {"key_mask": key_mask, "mask": mask, "cache": cache}
+            return self._packed(query, key, value, packing, key_packing, bias, is_causal, given)
+        if key_packing is not None:
+            raise ValueError("packing must be given with key_packing, got None")
         if cache is not None and key is not None and cache.keys is not None and cache.values is not None:
             k, v = cache.keys, cache.values
         else:
@@ -174,6 +188,61 @@ class MultiHeadAttention(nn.Module):
             score_bias=score_bias,
             is_causal=is_causal,
         )
+
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        packing: Packing,
+        key_packing: Packing | None,
+        bias: Tensor | ScoreBias | None,
+        is_causal: bool,
+        given: dict[str, object],
+    ) -> Tensor:
+        for name, option in given.items():
+            if option is not None:
+                raise ValueError(f"{name} must be None with packed tokens, got a {type(option).__name__}")
+        own = self._score_bias()
+        score_bias = own if bias is None else bias
+        fits = score_bias is None or isinstance(score_bias, DistanceBias)
+        if not fits or (bias is not None and own is not None):
+            raise ValueError(
+                "bias must be None with packed tokens, or a DistanceBias where the layer has none of its "
+                f"own, got a {type(score_bias).__name__}"
+            )
+        source = query if key is None else key
+        tokens = {"query": query, "key": source, "value": source if value is None else value}
+        for name, of_name in tokens.items():
+            if of_name.ndim != 2:
+                raise ValueError(f"{name} must be (N, C) with a packing, got {tuple(of_name.shape)}")
+        key_packing = packing if key_packing is None else key_packing
+        q, k = self.query(query), self.key(source)
+        q = self.query_norm(q.unflatten(1, (self.num_heads, -1)))
+        k = self.key_norm(k.unflatten(1, (self.num_kv_heads, -1)))
+        if self.rotary is not None:
+            sequences, places = packed_places(packing, len(q))
+            more = key_packing.starts.diff() - packing.starts.diff()  # the last query stands at the last key
+            q = self._turned(q, places + more[sequences])
+            k = self._turned(k, packed_places(key_packing, len(k))[1])
+        heads = packed_attention(
+            q,
+            k,
+            self.value(tokens["value"]).unflatten(1, (self.num_kv_heads, -1)),
+            packing.starts,
+            key_packing.starts,
+            longest=(packing.longest, key_packing.longest),
+            score_bias=score_bias,
+            is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out(heads.flatten(1))
+
+    def _turned(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """`rotary` of (N, H, D), each token at its place."""
+        assert self.rotary is not None
+        turned: Tensor = self.rotary(heads.transpose(0, 1), positions=positions)
+        return turned.transpose(0, 1)
 
     def _score_bias(self) -> ScoreBias | None:
         """What a kind of attention adds to every score, made from parameters of its own."""

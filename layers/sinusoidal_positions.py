@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .learned_positions import check_positions
+
 
 class SinusoidalPositions(nn.Module):
     """Adds sines and cosines of the position, one wavelength for each two channels.
@@ -25,6 +27,7 @@ class SinusoidalPositions(nn.Module):
 
     Shape:
         - x: (B, L, dim)
+        - positions: (L,), or as x without its channels; 0 … L - 1 by default
         - output: as x
 
     Raises:
@@ -57,10 +60,14 @@ class SinusoidalPositions(nn.Module):
         self.base = base
         self.interleaved = interleaved
 
-    def forward(self, x: Tensor, *, offset: int = 0) -> Tensor:
-        """Adds positions offset … offset + L - 1."""
+    def forward(self, x: Tensor, *, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Adds positions offset … offset + L - 1; or `positions`, where tokens do not stand side by side."""
         _check(x, self.dim)
-        return x + self.table(x.shape[-2], offset, x.device, x.dtype)
+        if positions is None:
+            return x + self.table(x.shape[-2], offset, x.device, x.dtype)
+        check_positions(x, positions)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x + _waves((positions + offset).to(wide), self.dim, self.base, self.interleaved).to(x.dtype)
 
     def table(
         self,
@@ -159,12 +166,12 @@ class SinusoidalPositions2d(nn.Module):
 
 
 def _waves(positions: Tensor, dim: int, base: float, interleaved: bool) -> Tensor:
-    """(L, dim) in the dtype of `positions`, (L,)."""
+    """(…, dim) in the dtype of `positions`, (…)."""
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=positions.dtype) / dim
     angles = positions.unsqueeze(-1) * base**-exponents
     waves = angles.sin(), angles.cos()
     table = torch.stack(waves, -1).flatten(-2) if interleaved else torch.cat(waves, -1)
-    return table[:, :dim]  # an odd dim has one cosine fewer
+    return table[..., :dim]  # an odd dim has one cosine fewer
 
 
 def _check(x: Tensor, dim: int) -> None:

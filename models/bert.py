@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Encoder, EncoderBlock, MaskedTokenHead
-from ..layers import FeedForward, LearnedPositions, TokenEmbedding
+from ..layers import FeedForward, LearnedPositions, Packing, TokenEmbedding, pack, unpack
+from ..layers.packing import packed_places
 from .base import Model
 from .parts import ACTIVATIONS, Attention, attention_part, find_part
 from .registry import register_presets
@@ -22,7 +23,8 @@ class BertConfig:
     `activation` is "gelu" as in the paper and in Hugging Face's models; the authors' code has "gelu_tanh".
     `attention` names the layer of self-attention; `attention_dropout` is for `MultiHeadAttention`, and
     another layer brings its own: {"name": …, "options": {…}}. `num_segments` is 0 for a model without them,
-    such as RoBERTa.
+    such as RoBERTa. With `is_causal` a token sees itself and those before it alone, as in the left-to-right
+    model of the paper's ablation.
 
     Source:
         Devlin et al. NAACL 2019. Section 3.
@@ -45,6 +47,7 @@ class BertConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     norm_eps: float = 1e-12
+    is_causal: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -87,10 +90,12 @@ class Bert(Model):
         - segments: (B, L) of integers, the text of a pair that a token belongs to; 0 where not given
         - key_mask: (B, L) of bool, True where a token takes part; where it is not padding, if not given
         - output: (B, L, dim)
+        - with a packing: ids and segments (N,), output (N, dim)
 
     Raises:
-        ValueError: ids are not integers, there are more than `max_length` of them, or segments are given to a
-            model without.
+        ValueError: ids are not integers, there are more than `max_length` of them, segments are given to a
+            model without, or a packing comes with a key mask.
+        TypeError: the blocks' attention takes no packed tokens.
 
     Reference:
         Devlin, Chang, Lee, Toutanova. BERT: Pre-training of Deep Bidirectional Transformers for Language
@@ -153,18 +158,49 @@ class Bert(Model):
         reset_as_bert(self)
 
     def forward(
-        self, ids: Tensor, segments: Tensor | None = None, *, key_mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        packed: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """The last block's tokens, (B, L, dim). Shapes as above."""
-        x = self.positions(self.embedding(ids))
+        """The last block's tokens, (B, L, dim). Shapes as above.
+
+        With `packed` nothing is computed for padding, which comes back as zeros; the tokens are the same.
+        With a `packing`, from `pack`, tokens come without padding and leave so.
+        """
+        is_causal = self.config.is_causal
+        if packing is not None:
+            if key_mask is not None or packed:
+                raise ValueError("key_mask and packed must be left out where a packing is given")
+            places = packed_places(packing, len(ids))[1]
+        else:
+            if key_mask is None:
+                key_mask = ids != self.config.padding_id
+            if not packed:
+                x = self._embed(ids, segments)
+                out: Tensor = self.encoder(x, key_mask=key_mask, is_causal=is_causal)
+                return out
+            # Places are those in the padded rows: a mask may have holes.
+            columns = [ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)]
+            columns += [] if segments is None else [segments.expand_as(ids)]
+            packed_columns, packing = pack(torch.stack(columns, -1), key_mask)
+            ids, places, *rest = packed_columns.unbind(-1)
+            segments = rest[0] if rest else None
+        self.positions.table(packing.longest)  # says so, if that is too long
+        tokens = self.encoder(self._embed(ids, segments, places), packing=packing, is_causal=is_causal)
+        return tokens if key_mask is None else unpack(tokens, key_mask)
+
+    def _embed(self, ids: Tensor, segments: Tensor | None, places: Tensor | None = None) -> Tensor:
+        x = self.positions(self.embedding(ids), positions=places)
         if self.segments is not None:
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         elif segments is not None:
             raise ValueError("segments must not be given to a model of num_segments=0")
-        if key_mask is None:
-            key_mask = ids != self.config.padding_id
-        out: Tensor = self.encoder(self.dropout(self.norm(x)), key_mask=key_mask)
-        return out
+        embedded: Tensor = self.dropout(self.norm(x))
+        return embedded
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The first token's vector behind a tanh layer, (B, dim): what stands for the whole text.
@@ -265,9 +301,10 @@ class BertForPreTraining(Model):
         *,
         key_mask: Tensor | None = None,
         places: Tensor | None = None,
+        packed: bool = False,
     ) -> PreTrainingLogits:
-        """Scores of tokens and of the pair. Shapes as above."""
-        tokens = self.bert(ids, segments, key_mask=key_mask)
+        """Scores of tokens and of the pair. Shapes as above; `packed` as of `Bert`."""
+        tokens = self.bert(ids, segments, key_mask=key_mask, packed=packed)
         logits = self.head(tokens, self.bert.embedding.weight, places)
         return PreTrainingLogits(logits, self.is_next(self.bert.pool(tokens)))
 
@@ -322,10 +359,15 @@ class BertClassifier(Model):
         reset_as_bert(self)
 
     def forward(
-        self, ids: Tensor, segments: Tensor | None = None, *, key_mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        packed: bool = False,
     ) -> Tensor:
-        """Logits of the classes, (B, num_classes)."""
-        tokens = self.bert(ids, segments, key_mask=key_mask)
+        """Logits of the classes, (B, num_classes); `packed` as of `Bert`."""
+        tokens = self.bert(ids, segments, key_mask=key_mask, packed=packed)
         logits: Tensor = self.classifier(self.dropout(self.bert.pool(tokens)))
         return logits
 

@@ -19,7 +19,15 @@ from ..blocks import (
     beam_search,
     greedy_search,
 )
-from ..layers import FeedForward, LearnedPositions, MultiHeadAttention, SinusoidalPositions, TokenEmbedding
+from ..layers import (
+    FeedForward,
+    LearnedPositions,
+    MultiHeadAttention,
+    SinusoidalPositions,
+    TokenEmbedding,
+    pack,
+    unpack,
+)
 from .base import Model
 from .parts import ACTIVATIONS, Attention, attention_part, find_part
 from .registry import register_presets
@@ -210,16 +218,30 @@ class Transformer(Model):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits, (B, T, vocab_size). Shapes as above."""
-        memory, key_mask = self.encode(source)
+    def forward(self, source: Tensor, target: Tensor, *, packed: bool = False) -> Tensor:
+        """Logits, (B, T, vocab_size). Shapes as above; `packed` as of `encode`."""
+        memory, key_mask = self.encode(source, packed=packed)
         return self.decode(target, memory, key_mask)
 
-    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoded source, (B, S, dim), and where it is not padding, (B, S)."""
+    def encode(self, source: Tensor, *, packed: bool = False) -> tuple[Tensor, Tensor]:
+        """The encoded source, (B, S, dim), and where it is not padding, (B, S).
+
+        With `packed` nothing is computed for padding, which comes back as zeros; the tokens are the same.
+
+        Raises:
+            TypeError: with `packed`, the encoder's attention takes no packed tokens.
+        """
         key_mask = source != self.config.padding_id
-        x = self.dropout(self.positions(self.source_embedding(source)))
-        return self.encoder(x, key_mask=key_mask), key_mask
+        if not packed:
+            x = self.dropout(self.positions(self.source_embedding(source)))
+            return self.encoder(x, key_mask=key_mask), key_mask
+        places = torch.arange(source.shape[1], device=source.device).expand_as(source)
+        columns, packing = pack(torch.stack([source, places], -1), key_mask)
+        ids, places = columns.unbind(-1)
+        if isinstance(self.positions, LearnedPositions):
+            self.positions.table(packing.longest)  # says so, if that is too long
+        x = self.dropout(self.positions(self.source_embedding(ids), positions=places))
+        return unpack(self.encoder(x, packing=packing), key_mask), key_mask
 
     def decode(
         self,
@@ -294,6 +316,7 @@ class TransformerDecoding:
     def __init__(self, model: Transformer, source: Tensor, *, use_cache: bool = True) -> None:
         self.model = model
         self.memory, self.key_mask = model.encode(source)
+        self.sources = torch.arange(len(source), device=source.device)
         caches = all(
             "cache" in signature(block.get_submodule("attention").forward).parameters
             for block in model.decoder.blocks
@@ -310,9 +333,14 @@ class TransformerDecoding:
         return logits.index_fill(-1, never, -torch.inf)
 
     def reorder(self, rows: Tensor) -> None:
-        self.memory, self.key_mask = self.memory[rows], self.key_mask[rows]
+        sources = self.sources[rows]
+        moved = not torch.equal(sources, self.sources)  # beams of one source share its memory
+        if moved:
+            self.memory, self.key_mask, self.sources = self.memory[rows], self.key_mask[rows], sources
         for entry in self.cache or []:
-            entry.reorder(rows)
+            entry.self_attention.reorder(rows)
+            if moved:
+                entry.cross_attention.reorder(rows)
         self.tokens = None if self.tokens is None else self.tokens[rows]
 
 

@@ -20,6 +20,8 @@ from lamina.layers import (
     LSHAttention,
     MultiHeadAttention,
     WindowAttention,
+    pack,
+    unpack,
 )
 from lamina.models import ViT, create_model
 from lamina.viz import capture_attention
@@ -80,6 +82,32 @@ def test_padding_has_no_influence_through_a_stack(name):
     assert (grad[key_mask] != 0).any(-1).all()
     other = torch.where(key_mask[..., None], x, 100 * tokens())
     torch.testing.assert_close(encoder(other, key_mask=key_mask)[key_mask], out[key_mask])
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", sorted(n for n in MAKERS if accepts(n, "packing")))
+def test_packed_tokens_equal_padded_ones_through_a_stack(name, norm_first):
+    """Outputs, and the gradients of the tokens and of every parameter; the second sequence is empty."""
+    block = partial(EncoderBlock, attention=MAKERS[name], norm_first=norm_first)
+    encoder = randomised(Encoder(DIM, 2, HEADS, block=block))
+    x = tokens().requires_grad_()
+    key_mask = torch.arange(LENGTH) < torch.tensor([[9], [0], [4]])
+    packed, packing = pack(x, key_mask)
+    expected, actual = encoder(x, key_mask=key_mask), unpack(encoder(packed, packing=packing), key_mask)
+    torch.testing.assert_close(actual[key_mask], expected[key_mask])
+    assert actual[~key_mask].count_nonzero() == 0
+    cotangent, of = torch.randn_like(expected) * key_mask[..., None], [x, *encoder.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, of, cotangent), torch.autograd.grad(expected, of, cotangent)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MAKERS if not accepts(n, "packing")))
+def test_an_attention_that_takes_no_packed_tokens_says_so(name):
+    encoder = randomised(Encoder(DIM, 2, HEADS, block=partial(EncoderBlock, attention=MAKERS[name])))
+    packed, packing = pack(tokens(), torch.ones(3, LENGTH, dtype=torch.bool))
+    with pytest.raises(TypeError, match=f"{name}.forward.* unexpected keyword argument 'packing'"):
+        encoder(packed, packing=packing)
 
 
 @every_attention

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.layers import DropPath
+from lamina.layers import DropPath, Packing
 
 seeds, probabilities = st.integers(0, 2**31), st.floats(0, 1)
 
@@ -15,6 +15,17 @@ def test_a_sample_is_dropped_or_scaled_whole(seed, probability):
     x = torch.randn(13, 3, 5, dtype=torch.float64)
     for sample, y in zip(x, DropPath(probability)(x), strict=True):
         assert torch.equal(y, torch.zeros_like(y)) or torch.allclose(y * (1 - probability), sample)
+
+
+@given(seed=seeds, probability=probabilities)
+def test_a_packed_sequence_is_dropped_or_scaled_whole(seed, probability):
+    torch.manual_seed(seed)
+    lengths = [3, 0, 1, 4, 2]
+    x = torch.randn(10, 5, dtype=torch.float64)
+    packing = Packing(torch.tensor([0, *lengths]).cumsum(0), 4)
+    y = DropPath(probability)(x, packing=packing)
+    for sample, of in zip(y.split(lengths), x.split(lengths), strict=True):
+        assert torch.equal(sample, torch.zeros_like(of)) or torch.allclose(sample * (1 - probability), of)
 
 
 @given(seed=seeds, probability=st.floats(0, 0.9))

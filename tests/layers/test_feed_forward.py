@@ -87,3 +87,20 @@ def test_sizes_and_biases():
     assert layer.down.weight.shape == (3, 12)
     assert FeedForward(3).gate is None
     assert {name for name, _ in FeedForward(3, bias=False).named_parameters()} == {"up.weight", "down.weight"}
+
+
+def test_a_relu_writes_into_its_input_where_nobody_sees_it():
+    layer = FeedForward(5, 7, activation=nn.ReLU).double()
+    x, cotangent = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 5).double()
+    of = [x, *layer.parameters()]
+    expected = layer.down(layer.up(x).relu())
+    gradients = torch.autograd.grad(expected, of, cotangent)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), of, cotangent), gradients)
+    seen, written = [], []
+    layer.up.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(seen[0], layer.up(x))
+    layer.activation.register_forward_hook(lambda module, args, output: written.append(output))
+    layer(x)
+    torch.testing.assert_close(written[0], layer.up(x).relu())

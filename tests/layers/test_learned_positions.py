@@ -168,6 +168,16 @@ def test_compiles_for_several_grids(interpolation):
         torch.testing.assert_close(compiled(x, grid), positions(x, grid))
 
 
+def test_tokens_that_do_not_stand_side_by_side_have_positions_of_their_own():
+    positions, x = LearnedPositions(7, 3), torch.randn(2, 5, 3)
+    of_rows = torch.tensor([[0, 1, 2, 3, 4], [6, 0, 0, 2, 1]])
+    torch.testing.assert_close(positions(x, positions=of_rows), x + positions.weight[of_rows])
+    torch.testing.assert_close(positions(x, positions=of_rows[0]), positions(x))
+    torch.testing.assert_close(positions(x[0], positions=of_rows[0], offset=2), positions(x[0], offset=2))
+    with pytest.raises(ValueError, match=r"positions must be \(5,\) or \(2, 5\), got \(2,\)"):
+        positions(x, positions=torch.tensor([0, 1]))
+
+
 def test_a_length_beyond_the_table_is_refused_with_what_to_do():
     with pytest.raises(
         ValueError, match="max_length=7, got length=5 at offset=3: make the layer with max_length=8"

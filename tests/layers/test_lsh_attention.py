@@ -136,6 +136,24 @@ def test_a_generator_draws_other_rotations():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_rotations_are_redrawn_in_training_alone():
+    """From the global stream, as dropout is; what evaluation and `weights` have are the seed's."""
+    tokens, seeded = x(2, 40, 8), draw()
+    layer = draw(redraw=True)
+    layer.load_state_dict(seeded.state_dict())
+    weights = layer.weights(tokens)
+    assert torch.equal(weights, seeded.weights(tokens))
+    torch.manual_seed(5)
+    first, second = layer(tokens), layer(tokens)
+    assert not torch.allclose(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(layer(tokens), first)
+    generator = torch.Generator().manual_seed(6)
+    given = seeded(tokens, generator=generator)
+    assert torch.equal(layer(tokens, generator=generator.manual_seed(6)), given)
+    assert torch.equal(layer.eval()(tokens), seeded(tokens))
+
+
 def test_more_rounds_keep_the_first_and_cover_more():
     layer, tokens = draw(num_hashes=1), x(2, 64, 8)
     one = layer.weights(tokens) > 0

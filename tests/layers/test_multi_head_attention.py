@@ -4,8 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import use_backend
-from lamina.layers import KeyValueCache, MultiHeadAttention, RotaryPositions
+from lamina.kernels import DistanceBias, use_backend
+from lamina.layers import (
+    KeyValueCache,
+    MultiHeadAttention,
+    Packing,
+    RotaryPositions,
+    mask_from_lengths,
+    pack,
+)
 from torch import nn
 
 sizes, seeds = st.integers(1, 6), st.integers(0, 2**31)
@@ -220,3 +227,100 @@ def test_bad_sizes_are_named(sizes, options, message):
 def test_a_bad_mask_is_named():
     with pytest.raises(ValueError, match=r"mask must broadcast to \(2, 4, 3, 3\), got \(2, 3, 3\)"):
         draw()(x(2, 3, 8), mask=torch.ones(2, 3, 3).bool())
+
+
+# --- packed tokens
+
+packed_lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)
+
+
+def packings(lengths: list[tuple[int, int]]) -> tuple[tuple[torch.Tensor, Packing], ...]:
+    """The masks of padded queries and keys, each with its packing."""
+    both = []
+    for numbers in zip(*lengths, strict=True):
+        mask = mask_from_lengths(torch.tensor(numbers), 5)
+        both.append((mask, pack(mask, mask)[1]))
+    return tuple(both)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds, lengths=packed_lengths)
+def test_packed_tokens_equal_padded_ones(kind, is_causal, backend, seed, lengths):
+    """Outputs, and the gradients of the tokens and of every parameter."""
+    torch.manual_seed(seed)
+    layer, ((key_mask, packing), _) = draw(kind), packings(lengths)
+    tokens = x(len(lengths), 5, 8).requires_grad_()
+    with use_backend(backend):
+        expected = layer(tokens, key_mask=key_mask, is_causal=is_causal)[key_mask]
+        actual = layer(tokens[key_mask], packing=packing, is_causal=is_causal)
+    torch.testing.assert_close(actual, expected)
+    cotangent, of = torch.randn_like(expected), [tokens, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, of, cotangent), torch.autograd.grad(expected, of, cotangent)
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds, lengths=packed_lengths)
+def test_packed_keys_equal_padded_ones(kind, is_causal, seed, lengths):
+    """Causal and rotary, the last query of a sequence stands where its last key stands."""
+    torch.manual_seed(seed)
+    layer, ((mask, packing), (key_mask, key_packing)) = draw(kind), packings(lengths)
+    query, key = x(len(lengths), 5, 8), x(len(lengths), 5, 8)
+    actual = layer(query[mask], key[key_mask], packing=packing, key_packing=key_packing, is_causal=is_causal)
+    for b, (queries, keys) in enumerate(lengths):
+        alone = layer(query[b : b + 1, :queries], key[b : b + 1, :keys], is_causal=is_causal)
+        start = int(packing.starts[b])
+        torch.testing.assert_close(actual[start : start + queries], alone[0])
+
+
+def test_packed_tokens_take_a_bias_by_distance():
+    layer, ((key_mask, packing), _) = draw(), packings([(5, 5), (3, 3)])
+    tokens, bias = x(2, 5, 8), DistanceBias(-torch.rand(4, dtype=torch.float64))
+    expected = layer(tokens, key_mask=key_mask, bias=bias)[key_mask]
+    torch.testing.assert_close(layer(tokens[key_mask], packing=packing, bias=bias), expected)
+
+
+def test_packed_tokens_compile_whole():
+    """With a graph for sequences of any number and length, empty ones too, forward and backward."""
+    layer = draw("grouped")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in [3, 4], [1, 0, 5, 2, 2]:
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        tokens, given = x(sum(lengths), 8).requires_grad_(), {"packing": Packing(starts, max(lengths))}
+        expected, actual = layer(tokens, **given), compiled(tokens, **given)
+        torch.testing.assert_close(actual, expected)
+        cotangent, of = torch.randn_like(expected), [tokens, *layer.parameters()]
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, of, cotangent), torch.autograd.grad(expected, of, cotangent)
+        )
+
+
+def test_dropout_of_packed_tokens_keeps_the_mean():
+    layer, packing = draw(dropout=0.3), Packing(torch.tensor([0, 3, 7]), 4)
+    tokens = x(7, 8)
+    drawn = torch.stack([layer(tokens, packing=packing) for _ in range(600)])
+    error = (drawn.mean(0) - layer.eval()(tokens, packing=packing)).abs()
+    assert (error < 6 * drawn.std(0) / 600**0.5).all()
+    assert (drawn.std(0) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"key_mask": torch.ones(2, 4).bool()}, "key_mask must be None with packed tokens, got a Tensor"),
+        ({"mask": torch.ones(7, 7).bool()}, "mask must be None with packed tokens"),
+        ({"cache": KeyValueCache()}, "cache must be None with packed tokens, got a KeyValueCache"),
+        ({"bias": torch.zeros(7, 7)}, "bias must be None with packed tokens, or a DistanceBias"),
+        ({"key": torch.zeros(2, 7, 8)}, r"key must be \(N, C\) with a packing, got \(2, 7, 8\)"),
+        ({"packing": None, "key_packing": Packing(torch.tensor([0, 7]), 7)}, "packing must be given with"),
+        ({"packing": Packing(torch.tensor([0, 6]), 7)}, "must rise from 0 to the number of tokens, 7"),
+    ],
+)
+def test_what_packed_tokens_cannot_have_is_named(given, message):
+    given = {"packing": Packing(torch.tensor([0, 3, 7]), 4)} | given
+    with pytest.raises(ValueError, match=message):
+        draw()(x(7, 8), **given)

@@ -40,6 +40,15 @@ def test_a_shift_is_a_rotation():
     torch.testing.assert_close(table[:-5] @ shift, table[5:])
 
 
+def test_tokens_that_do_not_stand_side_by_side_have_positions_of_their_own():
+    positions, x = SinusoidalPositions(5), torch.randn(2, 3, 5, dtype=torch.float64)
+    table, of_rows = positions.table(9, dtype=torch.float64), torch.tensor([[0, 1, 2], [8, 0, 3]])
+    torch.testing.assert_close(positions(x, positions=of_rows), x + table[of_rows])
+    torch.testing.assert_close(positions(x[0], positions=of_rows[0], offset=4), positions(x[0], offset=4))
+    with pytest.raises(ValueError, match=r"positions must be \(3,\) or \(2, 3\), got \(2,\)"):
+        positions(x, positions=torch.tensor([0, 1]))
+
+
 def test_adds_the_table():
     positions, x = SinusoidalPositions(7), torch.randn(2, 5, 7)
     torch.testing.assert_close(positions(x) - x, positions.table(5).expand(2, -1, -1))

@@ -1,5 +1,6 @@
 """Linformer (Wang et al., 2020): a RoBERTa-style encoder on low-rank attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from ..blocks import MaskedTokenHead
 from ..layers import LengthProjection, LowRankAttention
 from .base import Model
 from .bert import Bert, BertConfig, reset_as_bert
-from .parts import ACTIVATIONS
+from .parts import ACTIVATIONS, Attention
 from .registry import register_presets
 
 Sharing = Literal["none", "heads", "key_value", "layers"]
@@ -24,7 +25,8 @@ class LinformerConfig:
     `share` says which projections of the length are one: "none", each head of each layer has two of its own;
     "heads", those of a layer share both; "key_value", and keys and values share it too; "layers", there is
     one for the whole model. `rank` may be a tuple, with a k for each layer, unless they share. `projection`
-    is the kind of `LengthProjection`.
+    is the kind of `LengthProjection`. `attention` puts another layer in place of all that: with
+    "MultiHeadAttention" the model is the RoBERTa that the paper compares with.
 
     Source:
         Wang et al. 2020. Section 4.
@@ -44,6 +46,7 @@ class LinformerConfig:
     rank: int | tuple[int, ...] = 128
     share: Sharing = "heads"
     projection: Literal["linear", "mean", "max", "conv"] = "linear"
+    attention: Attention | None = None
     activation: str = "gelu"
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -72,6 +75,7 @@ class Linformer(Model):
 
     Args:
         config: the sizes; `create_model("linformer_base")` makes one from a preset.
+        attention: makes each block's attention, in place of the low-rank one that the config describes.
 
     Shape:
         - ids: (B, L) of integers, L up to max_length
@@ -97,6 +101,7 @@ class Linformer(Model):
         self,
         config: LinformerConfig,
         *,
+        attention: Attention | Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,14 +109,15 @@ class Linformer(Model):
         self.config = config
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         ranks = [config.rank] * config.depth if isinstance(config.rank, int) else list(config.rank)
+        own = config.attention if attention is None else attention
         of_all = (
             LengthProjection(config.max_length, ranks[0], kind=config.projection, **factory)
-            if config.share == "layers"
+            if config.share == "layers" and own is None
             else None
         )
         left = iter(ranks)
 
-        def attention(dim: int, num_heads: int, **options: Any) -> nn.Module:
+        def low_rank(dim: int, num_heads: int, **options: Any) -> nn.Module:
             """The next layer's."""
             part = partial(LowRankAttention, dim, num_heads, dropout=config.attention_dropout, **options)
             if config.share == "layers":
@@ -134,9 +140,10 @@ class Linformer(Model):
             hidden_dim=config.hidden_dim,
             activation=config.activation,
             dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
             norm_eps=config.norm_eps,
         )
-        self.bert = Bert(body, attention=attention, pooler=False, **factory)
+        self.bert = Bert(body, attention=low_rank if own is None else own, pooler=False, **factory)
         self.head = MaskedTokenHead(
             config.dim,
             config.vocab_size,

@@ -1,5 +1,6 @@
 """Reformer (Kitaev et al., 2020): a language model of hashed and local attention on reversible blocks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Generated, beam_search, greedy_search
 from ..blocks.parts import attend
 from ..layers import (
     AxialPositions,
@@ -33,6 +35,9 @@ class ReformerConfig:
     sum the axes; else learned, `max_length` of them. `scaling` "root" divides the scores of hashed attention
     by the root of the head's size once more, as reformer-pytorch does. `circular` lets a round's first chunk
     look back at the last of the round before, as all well-known code does, so that padding has an influence.
+    `streams` is how the two reversible streams become one: "concatenate" as in the authors' code, or their
+    "mean", as in reformer-pytorch. `redraw` draws the hashing's rotations anew in each pass of training, as
+    the authors' code does; evaluation has those of `hash_seed`.
     `attention` puts another layer in place of both kinds. `chunk_feed_forward` is how many tokens the
     feed-forward networks take at once, 0 for all.
 
@@ -60,6 +65,8 @@ class ReformerConfig:
     look_ahead: int = 0
     scaling: Literal["unit", "root"] = "unit"
     circular: bool = False
+    redraw: bool = False
+    streams: Literal["concatenate", "mean"] = "concatenate"
     attention: Attention | None = None
     is_causal: bool = True
     reversible: bool = True
@@ -78,6 +85,8 @@ class ReformerConfig:
             raise ValueError(f"layers must be 'lsh' and 'local', one at the least, got {self.layers}")
         if self.scaling not in ("unit", "root"):
             raise ValueError(f"scaling must be 'unit' or 'root', got {self.scaling!r}")
+        if self.streams not in ("concatenate", "mean"):
+            raise ValueError(f"streams must be 'concatenate' or 'mean', got {self.streams!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -158,15 +167,59 @@ class Reformer(Model):
                 )
             )
         self.blocks = Reversible(blocks, recompute=config.reversible)
-        self.norm = nn.LayerNorm(2 * config.dim, eps=config.norm_eps, **factory)
-        self.head = nn.Linear(2 * config.dim, config.vocab_size, **factory)
+        width = config.dim if config.streams == "mean" else 2 * config.dim
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, **factory)
+        self.head = nn.Linear(width, config.vocab_size, **factory)
 
     def forward(self, ids: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Logits, (B, L, vocab_size); where the model is causal, of the token that follows."""
         x = self.dropout(self.positions(self.embedding(ids)))
-        streams = self.blocks(x, key_mask=key_mask, is_causal=self.config.is_causal)
-        logits: Tensor = self.head(self.dropout(self.norm(torch.cat(streams, -1))))
+        y1, y2 = self.blocks(x, key_mask=key_mask, is_causal=self.config.is_causal)
+        joined = (y1 + y2) / 2 if self.config.streams == "mean" else torch.cat([y1, y2], -1)
+        logits: Tensor = self.head(self.dropout(self.norm(joined)))
         return logits
+
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        num_beams: int = 1,
+        length_penalty: float = 0.0,
+        max_length: int | Tensor | None = None,
+        end_id: int | None = None,
+        padding_id: int = 0,
+    ) -> Generated:
+        """Goes on with a batch of beginnings, greedily, or by beam search where there are more beams.
+
+        Args:
+            prompt: (B, T) of integers, without padding.
+            num_beams: K.
+            length_penalty: α of `beam_search`.
+            max_length: the most tokens that are written, one number or (B,); as many as there are positions
+                left, where it is not given.
+            end_id: the token behind which a sequence is over; None where all go on to `max_length`.
+            padding_id: what stands behind the end.
+
+        Returns:
+            `Generated`: tokens (B, K, T') without the prompt, best first.
+
+        Raises:
+            ValueError: the model is not causal, or a search refuses what it is given.
+        """
+        if max_length is None:
+            config = self.config
+            positions = config.max_length if config.axial_shape is None else math.prod(config.axial_shape)
+            max_length = max(positions - prompt.shape[-1], 0)
+        options: dict[str, Any] = {
+            "max_length": max_length,
+            "end_id": -1 if end_id is None else end_id,  # no token is -1
+            "padding_id": padding_id,
+        }
+        if num_beams == 1:
+            return greedy_search(self.decoding(), prompt, **options)
+        return beam_search(
+            self.decoding(), prompt, num_beams=num_beams, length_penalty=length_penalty, **options
+        )
 
     def decoding(self, *, use_cache: bool = False) -> "ReformerDecoding":
         """The model at work, as `greedy_search` and `beam_search` take it: a `Decoding`.
@@ -208,6 +261,7 @@ class Reformer(Model):
             num_buckets=config.num_buckets,
             scale=size**-0.5 if config.scaling == "root" else None,
             circular=config.circular,
+            redraw=config.redraw,
             seed=config.hash_seed + index,
             **shared,
         )
@@ -269,7 +323,8 @@ register_presets(
             num_buckets=192,
             dropout=0.0,
         ),
-        # The paper's duplication task at L = 1024, table 2, and a short one for a CPU.
+        # The paper's duplication task at L = 1024, table 2, and a short one for a CPU. The grid has
+        # one axis: from a row and a column no projection alone tells the place half a sequence ago.
         "reformer_duplication": replace(
             _ENWIK8,
             vocab_size=128,
@@ -279,8 +334,9 @@ register_presets(
             num_heads=4,
             head_dim=None,
             hidden_dim=256,
-            axial_shape=None,
-            max_length=1024,
+            axial_shape=(1024,),
+            axial_dims=None,
+            redraw=True,
             chunk_size=64,
             num_hashes=4,
             num_buckets=32,
@@ -295,11 +351,12 @@ register_presets(
             num_heads=2,
             head_dim=None,
             hidden_dim=512,
-            axial_shape=None,
-            max_length=64,
+            axial_shape=(64,),
+            axial_dims=None,
+            redraw=True,
             chunk_size=16,
             num_hashes=2,
-            num_buckets=None,
+            num_buckets=8,
             dropout=0.0,
         ),
     },

@@ -1,11 +1,37 @@
 """BERT's optimiser: Adam without the correction of its averages, with weight decay beside the gradient."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .schedules import warmup_then_line
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from .settings import Settings
+
+
+def bert_adam(task: "LightningModule", settings: "Settings") -> dict[str, Any]:
+    """What `configure_optimizers` gives: BertAdam, a warm-up, and a line down to zero.
+
+    Matrices and tables decay, biases and norms do not.
+    """
+    matrices = [p for p in task.parameters() if p.ndim > 1]
+    others = [p for p in task.parameters() if p.ndim <= 1]
+    optimizer = BertAdam(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    steps = int(task.trainer.estimated_stepping_batches)
+    warmup = round(steps * settings.warmup_epochs / settings.epochs)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_then_line(step + 1, warmup, steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class BertAdam(Optimizer):

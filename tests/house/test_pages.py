@@ -4,8 +4,9 @@ import importlib
 import re
 
 import pytest
-from house.tree import FOLDERS, ROOT, blocks
+from house.tree import FOLDERS, ROOT, blocks, of_the_site
 
+SITE = of_the_site("_pages")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -40,9 +41,38 @@ def test_a_printed_value_that_is_wrong_fails(tmp_path):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_api_page_names_every_public_part_and_no_other(folder):
-    page = (ROOT / "docs" / "api" / f"{folder}.md").read_text()
+    page = SITE.filled((ROOT / "docs" / "api" / f"{folder}.md").read_text())
     named = re.findall(rf"^::: lamina\.{folder}\.(\w+)$", page, re.M)
     assert sorted(named) == sorted(importlib.import_module(f"lamina.{folder}").__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_what_a_page_is_filled_with_is_there(page):
+    assert not re.search("^<!-- fill: ", SITE.filled(page.read_text()), re.M)
+
+
+def test_a_page_that_cannot_be_filled_says_so():
+    with pytest.raises(ValueError, match=r"filled by one of papers, .*, got 'paper'"):
+        SITE.filled("# T\n\n<!-- fill: paper -->\n")
+    with pytest.raises(ValueError, match=r"no preset of models/nobody\.py"):
+        SITE.filled("<!-- fill: presets nobody -->\n")
+    with pytest.raises(ValueError, match=r"no recipe nothing_\* stands in replications\.md"):
+        SITE.filled("<!-- fill: results nothing_* -->\n")
+
+
+def test_code_stands_in_a_page_as_it_is_written():
+    shown = SITE.filled("<!-- fill: source lamina.recipes.schedules.noam_peak -->")
+    assert shown == (
+        '```python title="recipes/schedules.py"\n'
+        "def noam_peak(dim: int, warmup: int) -> float:\n"
+        "    return float((dim * warmup) ** -0.5)\n```"
+    )
+
+
+def test_an_api_page_names_first_what_it_groups():
+    page = "::: lamina.models.ViT\n\n<!-- fill: exports lamina.models -->\n"
+    assert SITE.filled(page).count("::: lamina.models.ViT\n") == 1
+    assert "::: lamina.models.ViTConfig\n" in SITE.filled(page)
 
 
 def test_readme_shows_the_three_uses():

@@ -2,16 +2,27 @@
 
 import ast
 import doctest
+import importlib.util
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "layers", "blocks", "models", "recipes", "viz")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def of_the_site(name: str) -> ModuleType:
+    """A module of `docs`, such as `_pages`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:

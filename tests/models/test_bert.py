@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lamina.layers import GaussianAttention, LowRankAttention
+from lamina.layers import GaussianAttention, LowRankAttention, Packing, pack
 from lamina.models import (
     Bert,
     BertClassifier,
@@ -93,9 +93,12 @@ def test_equals_transformers(theirs_has, ours_has):
         torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_encoder_and_its_pooler_equal_transformers():
-    their = theirs("BertModel")
-    ours = Bert(SMALL, dtype=torch.float64).eval()
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_encoder_and_its_pooler_equal_transformers(is_causal):
+    """Theirs is causal as a decoder."""
+    their = theirs("BertModel", is_decoder=is_causal)
+    ours = Bert(replace(SMALL, is_causal=is_causal), dtype=torch.float64).eval()
+    assert config_of(their.config.to_dict()).is_causal == is_causal
     load_state(ours, their.state_dict())
     expected, actual = their(IDS, attention_mask=IDS != 0, token_type_ids=SEGMENTS), ours(IDS, SEGMENTS)
     torch.testing.assert_close(actual[IDS != 0], expected.last_hidden_state[IDS != 0])
@@ -119,6 +122,15 @@ def test_segments_left_out_are_the_first():
         without(IDS, SEGMENTS)
 
 
+def test_nothing_later_reaches_a_causal_token():
+    model = randomised(BertForPreTraining(replace(SMALL, is_causal=True)))
+    changed = IDS.clone()
+    changed[:, 3:] = 11
+    before, after = model(IDS).tokens, model(changed).tokens
+    torch.testing.assert_close(after[:, :3][IDS[:, :3] != 0], before[:, :3][IDS[:, :3] != 0])
+    assert not torch.allclose(after[0, 3:], before[0, 3:])
+
+
 def test_padding_has_no_influence():
     model = randomised(Bert(SMALL, dtype=torch.float64))
     whole = model(nn.functional.pad(IDS, (0, 4)))
@@ -127,6 +139,62 @@ def test_padding_has_no_influence():
     torch.testing.assert_close(whole[2:, :2], alone)
     masked = model(IDS, key_mask=IDS != 9)
     assert not torch.allclose(masked[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("key_mask", [None, (IDS != 9) & (IDS != 7)])
+def test_packed_batches_equal_padded_ones(is_causal, key_mask):
+    """Tokens, and the gradient of every parameter; a mask with holes leaves each token its place."""
+    model = randomised(Bert(replace(SMALL, is_causal=is_causal), pooler=False, dtype=torch.float64))
+    real = (IDS != 0) if key_mask is None else key_mask
+    expected, actual = (model(IDS, SEGMENTS, key_mask=key_mask, packed=packed) for packed in (False, True))
+    torch.testing.assert_close(actual[real], expected[real])
+    assert actual[~real].count_nonzero() == 0
+    cotangent, of = torch.randn_like(expected[real]), list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[real], of, cotangent), torch.autograd.grad(expected[real], of, cotangent)
+    )
+
+
+def test_tokens_that_come_packed_leave_packed():
+    model = randomised(Bert(SMALL, dtype=torch.float64))
+    (ids, packing), (segments, _) = pack(IDS, IDS != 0), pack(SEGMENTS, IDS != 0)
+    expected = model(IDS, SEGMENTS)[IDS != 0]
+    torch.testing.assert_close(model(ids, segments, packing=packing), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(ids, segments, packing=packing), expected)
+    fewer = Packing(torch.tensor([0, 0, 3]), 3)
+    torch.testing.assert_close(
+        compiled(ids[:3], segments[:3], packing=fewer), model(IDS[:1, :3], SEGMENTS[:1, :3])[0]
+    )
+
+
+def test_heads_stand_on_packed_batches():
+    model = randomised(BertForPreTraining(SMALL, dtype=torch.float64))
+    places = torch.tensor([[1, 3], [0, 2], [1, 0]])
+    torch.testing.assert_close(
+        model(IDS, SEGMENTS, places=places, packed=True), model(IDS, SEGMENTS, places=places)
+    )
+    config = BertClassifierConfig(**vars(SMALL), num_classes=4)
+    classifier = randomised(BertClassifier(config, dtype=torch.float64))
+    torch.testing.assert_close(classifier(IDS, packed=True), classifier(IDS))
+
+
+def test_what_cannot_be_packed_is_refused():
+    model = Bert(SMALL)
+    ids, packing = pack(IDS, IDS != 0)
+    for given in {"key_mask": ids != 0}, {"packed": True}:
+        with pytest.raises(ValueError, match="key_mask and packed must be left out where a packing is given"):
+            model(ids, packing=packing, **given)
+    for call in (
+        lambda: model(torch.ones(12, dtype=torch.long), packing=Packing(torch.tensor([0, 12]), 12)),
+        lambda: model(torch.ones(2, 12, dtype=torch.long), packed=True),
+    ):
+        with pytest.raises(ValueError, match="length must be at most max_length=11, got length=12"):
+            call()
+    low_rank = {"name": "LowRankAttention", "options": {"max_length": 11, "rank": 4}}
+    with pytest.raises(TypeError, match=r"LowRankAttention.forward.* 'packing'"):
+        Bert(replace(SMALL, attention=low_rank))(IDS, packed=True)
 
 
 def test_it_begins_as_the_authors_do():

@@ -1,9 +1,11 @@
 """Linformer: how many projections there are, BERT where they are the identity, padding."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from lamina.layers import LocalAttention, MultiHeadAttention
 from lamina.models import Bert, BertConfig, Linformer, LinformerConfig, create_model
 from torch import nn
 
@@ -61,6 +63,44 @@ def test_padding_has_no_influence(projection):
     padded = model(nn.functional.pad(IDS, (0, 3)))
     for b, length in enumerate((5, 3, 2)):
         torch.testing.assert_close(padded[b, :length], model(IDS[b : b + 1, :length])[0])
+
+
+def attentions(model: Linformer) -> list[nn.Module]:
+    return [block.attention for block in model.bert.encoder.blocks]
+
+
+@pytest.mark.parametrize("share", ["heads", "layers"])
+def test_with_full_attention_it_is_bert_with_a_head(share):
+    ours = randomised(
+        Linformer(replace(SMALL, share=share, attention="MultiHeadAttention"), dtype=torch.float64)
+    )
+    assert not [name for name, _ in ours.named_parameters() if "_projection" in name]
+    body = BertConfig(
+        vocab_size=23, max_length=8, num_segments=0, dim=12, depth=2, num_heads=3, hidden_dim=7, norm_eps=1e-5
+    )
+    bert = Bert(body, pooler=False, dtype=torch.float64).eval()
+    bert.load_state_dict(ours.bert.state_dict())
+    expected = ours.head(bert(IDS), bert.embedding.weight)
+    torch.testing.assert_close(ours(IDS), expected)
+
+
+def test_another_attention_is_named_made_or_described(tmp_path):
+    options = {"max_length": 8, "rank": 3, "share": "none"}
+    described = Linformer(
+        replace(SMALL, attention={"name": "LowRankAttention", "options": options}, attention_dropout=0.3)
+    )
+    assert [(a.key_projection.rank, a.key_projection.heads) for a in attentions(described)] == [(3, 3)] * 2
+    assert [a.dropout for a in attentions(described)] == [0.0] * 2  # another layer brings its own
+    assert [a.dropout for a in attentions(Linformer(replace(SMALL, attention_dropout=0.3)))] == [0.3] * 2
+    full = create_model("linformer_small", attention=MultiHeadAttention, attention_dropout=0.3)
+    assert [(type(a), a.dropout) for a in attentions(full)] == [(MultiHeadAttention, 0.3)] * 2
+    local = Linformer(SMALL, attention=partial(LocalAttention, window=2)).eval()
+    assert {type(a) for a in attentions(local)} == {LocalAttention}
+    made = create_model("linformer_small", attention=partial(LocalAttention, window=2)).eval()
+    made.save_pretrained(tmp_path)
+    loaded = Linformer.from_pretrained(tmp_path).eval()
+    assert [a.window for a in attentions(loaded)] == [2, 2]
+    assert torch.equal(loaded(IDS), made(IDS))
 
 
 def test_places_are_scored_as_the_whole_is():

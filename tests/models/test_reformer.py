@@ -121,6 +121,34 @@ def test_reversible_equals_the_plain_stack(training):
     )
 
 
+@pytest.mark.parametrize("streams", ["concatenate", "mean"])
+def test_rotations_that_are_redrawn_are_the_same_when_computed_again(streams):
+    """Else a reversible stack would have the gradients of another hashing."""
+    torch.manual_seed(3)
+    config = replace(SMALL, redraw=True, dropout=0.3, streams=streams)
+    plain = randomised(Reformer(replace(config, reversible=False), dtype=torch.float64)).train()
+    reversible = Reformer(config, dtype=torch.float64).train()
+    reversible.load_state_dict(plain.state_dict())
+    outputs, gradients = [], []
+    cotangent = torch.randn(2, 24, 13, dtype=torch.float64)
+    for model in plain, reversible:
+        torch.manual_seed(4)
+        outputs.append(model(IDS))
+        gradients.append(torch.autograd.grad(outputs[-1], list(model.parameters()), cotangent))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+    assert not torch.allclose(plain(IDS), outputs[0])
+    assert torch.equal(plain.eval()(IDS), plain(IDS))
+
+
+def test_the_mean_of_the_streams_is_half_as_wide():
+    model = randomised(Reformer(replace(SMALL, streams="mean"), dtype=torch.float64)).eval()
+    assert model.head.weight.shape == (13, 12)
+    x = model.positions(model.embedding(IDS))
+    y1, y2 = model.blocks(x, is_causal=True)
+    torch.testing.assert_close(model(IDS), model.head(model.norm((y1 + y2) / 2)))
+
+
 def test_a_chunked_feed_forward_equals_the_whole():
     plain = randomised(Reformer(SMALL, dtype=torch.float64))
     chunked = Reformer(replace(SMALL, chunk_feed_forward=5), dtype=torch.float64)
@@ -207,6 +235,29 @@ def test_it_writes_and_refuses_a_cache():
         Reformer(replace(SMALL, is_causal=False)).decoding()
 
 
+def test_it_generates_greedily_and_with_beams():
+    model = randomised(Reformer(replace(SMALL, chunk_size=24), dtype=torch.float64)).eval()
+    options = {"max_length": 6, "end_id": 2, "padding_id": 1}
+    greedy = greedy_search(model.decoding(), IDS[:, :5], **options)
+    assert torch.equal(model.generate(IDS[:, :5], **options).tokens, greedy.tokens)
+    beams = {"num_beams": 3, "length_penalty": 0.5}
+    wanted = beam_search(model.decoding(), IDS[:, :5], **beams, **options)
+    found = model.generate(IDS[:, :5], **beams, **options)
+    assert torch.equal(found.tokens, wanted.tokens)
+    torch.testing.assert_close(found.scores, wanted.scores)
+
+
+@pytest.mark.parametrize("positions", [{}, {"axial_shape": None, "max_length": 24}])
+def test_without_an_end_it_writes_as_far_as_there_are_positions(positions):
+    model = randomised(Reformer(replace(SMALL, **positions))).eval()
+    found = model.generate(IDS[:, :20])
+    assert found.tokens.shape == (2, 1, 4)
+    assert (found.lengths == 4).all()
+    assert model.generate(IDS).tokens.shape == (2, 1, 0)
+    with pytest.raises(ValueError, match="is_causal must be set"):
+        Reformer(replace(SMALL, is_causal=False)).generate(IDS)
+
+
 def test_positions_are_as_many_as_the_paper_s():
     model = create_model("reformer_enwik8", device="meta")
     assert sum(p.numel() for p in model.positions.parameters()) == 128 * 256 + 512 * 512
@@ -239,6 +290,7 @@ def test_what_is_kept_does_not_grow_with_depth():
         ({"layers": ()}, "layers must be 'lsh' and 'local', one at the least"),
         ({"layers": ("full",)}, r"got \('full',\)"),
         ({"scaling": "paper"}, "scaling must be 'unit' or 'root', got 'paper'"),
+        ({"streams": "sum"}, "streams must be 'concatenate' or 'mean', got 'sum'"),
         ({"activation": "swish"}, "activation must be one of"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from lamina.blocks import Decoding, beam_search
 from lamina.layers import LocalAttention, LowRankAttention, LSHAttention, SinusoidalPositions
 from lamina.models import Transformer, TransformerConfig, create_model
+from lamina.models.checkpoints.torch_transformer import load_state
 from torch import nn
 
 # Millions, as the paper's table 3 rounds them; what is said of each row is what differs from the base.
@@ -59,58 +60,27 @@ def test_every_row_of_table_3_differs_by_as_many(changes, millions):
     assert abs(ours / 1e6 - millions) <= 0.6
 
 
-def as_torch_s(ours: Transformer, **options) -> nn.Transformer:
-    """PyTorch's model with the same weights."""
-    config = ours.config
+def torch_s(config: TransformerConfig) -> nn.Transformer:
+    """PyTorch's model of that size."""
     theirs = nn.Transformer(
         config.dim,
         config.num_heads,
         config.encoder_depth,
         config.decoder_depth,
         config.hidden_dim,
-        dropout=0.0,
         batch_first=True,
         norm_first=config.norm_first,
-        layer_norm_eps=config.norm_eps,
         dtype=torch.float64,
-        **options,
     )
-
-    def attention(name, of):
-        parts = of.query, of.key, of.value
-        return {
-            f"{name}.in_proj_weight": torch.cat([p.weight for p in parts]),
-            f"{name}.in_proj_bias": torch.cat([p.bias for p in parts]),
-            f"{name}.out_proj.weight": of.out.weight,
-            f"{name}.out_proj.bias": of.out.bias,
-        }
-
-    def linear(name, of):
-        return {f"{name}.weight": of.weight, f"{name}.bias": of.bias}
-
-    state = linear("encoder.norm", ours.encoder.norm) | linear("decoder.norm", ours.decoder.norm)
-    for stack, blocks in ("encoder", ours.encoder.blocks), ("decoder", ours.decoder.blocks):
-        for n, block in enumerate(blocks):
-            at = f"{stack}.layers.{n}"
-            norms = [block.attention_norm, block.feed_forward_norm]
-            state |= attention(f"{at}.self_attn", block.attention)
-            if stack == "decoder":
-                state |= attention(f"{at}.multihead_attn", block.cross_attention)
-                norms.insert(1, block.cross_attention_norm)
-            state |= linear(f"{at}.linear1", block.feed_forward.up)
-            state |= linear(f"{at}.linear2", block.feed_forward.down)
-            for m, norm in enumerate(norms):
-                state |= linear(f"{at}.norm{m + 1}", norm)
-    theirs.load_state_dict(state)
-    return theirs.eval()
+    return randomised(theirs)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_equals_torch_s_transformer(norm_first):
     """Outputs and gradients, on a padded batch; theirs has no embeddings, so ours stand around it."""
     config = replace(SMALL, bias=True, final_norm=True, norm_first=norm_first)
-    ours = randomised(Transformer(config, dtype=torch.float64))
-    theirs = as_torch_s(ours)
+    theirs, ours = torch_s(config), randomised(Transformer(config, dtype=torch.float64))
+    load_state(ours, theirs.state_dict())
     padding = SOURCE == 0
     table = ours.target_embedding.weight.detach().clone().requires_grad_()
 
@@ -140,6 +110,31 @@ def test_equals_torch_s_transformer(norm_first):
     torch.testing.assert_close(of_ours, (of_table, of_up))
 
 
+def test_a_model_of_other_sizes_is_refused():
+    config = replace(SMALL, bias=True, final_norm=True)
+    theirs = torch_s(config).state_dict()
+    with pytest.raises(ValueError, match=r"unknown to us: encoder.norm.weight, encoder.norm.bias, decoder"):
+        load_state(Transformer(replace(config, final_norm=False)), theirs)
+    with pytest.raises(ValueError, match=r"missing in it: encoder.blocks.2.attention_norm.weight"):
+        load_state(Transformer(replace(config, encoder_depth=3)), theirs)
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+def test_a_packed_source_equals_a_padded_one(positions):
+    """Logits, and the gradient of every parameter."""
+    model = randomised(Transformer(replace(SMALL, positions=positions), dtype=torch.float64))
+    expected, actual = model(SOURCE, TARGET), model(SOURCE, TARGET, packed=True)
+    torch.testing.assert_close(actual, expected)
+    memory, key_mask = model.encode(SOURCE, packed=True)
+    assert memory[~key_mask].count_nonzero() == 0
+    cotangent, of = torch.randn_like(expected), list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, of, cotangent), torch.autograd.grad(expected, of, cotangent)
+    )
+    with pytest.raises(TypeError, match=r"LocalAttention.forward.* 'packing'"):
+        Transformer(SMALL, attention=partial(LocalAttention, window=4)).encode(SOURCE, packed=True)
+
+
 def test_padding_has_no_influence():
     model = randomised(Transformer(SMALL, dtype=torch.float64))
     longer = nn.functional.pad(SOURCE, (0, 3))
@@ -163,6 +158,25 @@ def test_decoding_by_steps_equals_the_whole(changes):
     whole, cache = model.decode(TARGET, memory, key_mask), model.decoder.make_cache()
     steps = [model.decode(TARGET[:, t : t + 1], memory, key_mask, cache=cache) for t in range(4)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rows", [[2, 0], [0, 0, 1, 1, 2, 2], [1, 1, 1]])
+def test_a_reordered_decoding_goes_on_with_other_rows(use_cache, rows):
+    """Of the same source, and then of another."""
+    model, beams = randomised(Transformer(SMALL, dtype=torch.float64)), torch.tensor([0, 0, 1, 1, 2, 2])
+    decoding, rows = model.decoding(SOURCE, use_cache=use_cache), torch.tensor(rows)
+    decoding(TARGET[:, :1])
+    decoding.reorder(beams)
+    decoding(TARGET[beams, 1:2] + torch.tensor([[0], [1]] * 3))  # two beams of each source
+    decoding.reorder(torch.tensor([1, 0, 2, 2, 4, 5]))
+    begun = torch.cat(
+        [TARGET[beams, :1], TARGET[beams, 1:2] + torch.tensor([[1], [0], [0], [0], [0], [1]])], 1
+    )
+    decoding.reorder(rows)
+    found = decoding(TARGET[beams[rows], 2:3])
+    whole = model.decoding(SOURCE[beams[rows]], use_cache=False)
+    torch.testing.assert_close(found, whole(torch.cat([begun[rows], TARGET[beams[rows], 2:3]], 1)))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -59,6 +59,18 @@ def finished(_finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def short_text(tmp_path: Path) -> Path:
+    """A folder with a text of 300 lines, which is read in no time."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    sentence = "the baker brings two old tools before noon and then returns them to her sister"
+    words = sentence.split()
+    lines = (" ".join(words[n % k :: k]) for n in range(100) for k in (1, 2, 3))
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
 def contents() -> Callable[[Path], dict[str, bytes]]:
     """Every file under a folder, but for locks."""
 

@@ -2,7 +2,7 @@
 
 import torch
 from contracts.case import Case
-from lamina.layers import AdditiveAttention, MultiHeadAttention, RotaryPositions
+from lamina.layers import AdditiveAttention, MultiHeadAttention, Packing, RotaryPositions
 from torch import nn
 
 
@@ -20,6 +20,14 @@ def masks(dtype: torch.dtype) -> dict[str, object]:
         "bias": torch.randn(2, 7, 7, dtype=dtype),
         "is_causal": True,
     }
+
+
+def packed(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(7, 12, dtype=dtype),)
+
+
+def packing(dtype: torch.dtype) -> dict[str, object]:
+    return {"packing": Packing(torch.tensor([0, 3, 3, 7]), 4), "is_causal": True}
 
 
 CASES = [
@@ -55,6 +63,17 @@ CASES = [
         lambda **factory: MultiHeadAttention(12, 3, head_dim=5, value_head_dim=7, **factory),
         self_attention,
         dynamic=((0, 1),),
+    ),
+    Case(
+        "MultiHeadAttention packed", lambda **factory: MultiHeadAttention(12, 3, **factory), packed, packing
+    ),
+    Case(
+        "MultiHeadAttention packed-grouped-rotary",
+        lambda **factory: MultiHeadAttention(
+            12, 2, num_kv_heads=1, rotary=RotaryPositions(6), qk_norm=nn.RMSNorm, dropout=0.3, **factory
+        ),
+        packed,
+        packing,
     ),
     Case(
         "AdditiveAttention",

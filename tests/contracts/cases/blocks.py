@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from contracts.case import Case
 from lamina.blocks import Bottleneck, Decoder, DecoderBlock, Encoder, EncoderBlock, MaskedTokenHead, ResNet
-from lamina.layers import AdditiveAttention, FeedForward, StandardizedConv2d
+from lamina.layers import AdditiveAttention, FeedForward, Packing, StandardizedConv2d
 from torch import nn
 
 
@@ -82,5 +82,11 @@ CASES = [
     Case("Bottleneck", lambda **f: Bottleneck(2, 3, stride=2, **f), images),
     Case("ResNet", lambda **f: ResNet((1, 2), in_channels=2, width=3, **f), images),
     Case("Encoder", lambda **f: Encoder(12, 2, 3, drop_path=0.1, **f), tokens, dynamic=((0, 1),)),
+    Case(
+        "Encoder packed",
+        lambda **f: Encoder(12, 2, 3, drop_path=0.1, **f),
+        lambda dtype: (torch.randn(7, 12, dtype=dtype),),
+        lambda dtype: {"packing": Packing(torch.tensor([0, 3, 7]), 4)},
+    ),
     Case("Decoder", lambda **f: Decoder(12, 2, 3, **f), tokens_and_memory, dynamic=((0, 1), (0, 1))),
 ]

@@ -2,6 +2,7 @@
 
 import torch
 from contracts.case import Case
+from lamina.layers import Packing
 from lamina.models import (
     Bert,
     BertClassifier,
@@ -97,6 +98,15 @@ CASES = [
     Case(
         "Bert no-segments", bert(num_segments=0, activation="gelu_tanh"), text, dynamic=((0,),), trains=False
     ),
+    Case("Bert packed", bert(), text, lambda dtype: {"packed": True}, dynamic=((0, 1),), trains=False),
+    Case(
+        "Bert packing",
+        bert(),
+        lambda dtype: (text(dtype)[0].flatten(), text(dtype)[0].flatten() % 2),
+        lambda dtype: {"packing": Packing(torch.tensor([0, 9, 12, 12, 21]), 9)},
+        dynamic=((0,), (0,)),
+        trains=False,
+    ),
     Case("BertForPreTraining", bert(BertForPreTraining), text, dynamic=((0, 1),), trains=False),
     Case(
         "BertForPreTraining places",
@@ -114,6 +124,7 @@ CASES = [
     ),
     Case("Linformer", linformer(), text, dynamic=((0,),)),
     Case("Linformer shared", linformer(share="layers"), text, dynamic=((0,),)),
+    Case("Linformer swapped", linformer(attention="MultiHeadAttention"), text, dynamic=((0, 1),)),
     Case(
         "BertClassifier",
         bert(BertClassifier, BertClassifierConfig, num_classes=5),

@@ -43,7 +43,15 @@ CASES = [
     Case(
         "LSHAttention as-in-the-original",
         lambda **factory: LSHAttention(
-            12, 2, chunk_size=4, num_hashes=2, circular=True, look_ahead=1, deduplicate=True, **factory
+            12,
+            2,
+            chunk_size=4,
+            num_hashes=2,
+            circular=True,
+            look_ahead=1,
+            deduplicate=True,
+            redraw=True,
+            **factory,
         ),
         tokens,
         dynamic=((0, 1),),

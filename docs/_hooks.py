@@ -31,6 +31,7 @@ pages, notebooks = _beside("_pages"), _beside("_notebooks")
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\[\[(](?P<tex>.*?)\\[\])]\s*</(?P=tag)>', re.S
 )
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")  # of a traceback, for terminals
 # "cos x", not "cosx": a function's name is set off from an argument that has no parenthesis.
 _FUNCTION = re.compile(r"(<m[io]>[a-z]{2,}</m[io]>)(?=<mi>)")
 
@@ -60,7 +61,7 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
     try:
         found = notebooks.run_all(sources)
     except Exception as error:
-        raise PluginError(f"a notebook does not run: {error}") from error
+        raise PluginError(f"a notebook does not run: {_COLOUR.sub('', str(error))}") from error
     for source, page in zip(sources, found, strict=True):
         made = {f"{source.stem}.md": page.markdown, **page.pictures}
         for name, content in made.items():

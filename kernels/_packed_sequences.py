@@ -138,8 +138,8 @@ def definition(
     """What `attention` gives first, by PyTorch: its derivatives have derivatives. Dropout leaves the same."""
     outputs = [query.new_zeros(0, query.shape[1], value.shape[2])]
     for b, rows, columns in _sequences(query, key, query_starts, key_starts):
-        heads = (_in_heads(t) for t in (query[rows], key[columns], value[columns]))
-        found = tiled_definition(*heads, None, None, is_causal, scale, dropout, _seed(seed, b))
+        q, k, v = _in_heads(query[rows]), _in_heads(key[columns]), _in_heads(value[columns])
+        found = tiled_definition(q, k, v, None, None, is_causal, scale, dropout, _seed(seed, b))
         outputs.append(found[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -172,7 +172,8 @@ def _fused_takes(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None)
 
 
 def _unwritten_sums(query: Tensor, fused: bool) -> Tensor:
-    return query.new_empty(len(query) if fused else 0, query.shape[1], dtype=wide_dtype(query))
+    # Not `len`: a compiler may know the number of tokens as a symbol alone.
+    return query.new_empty(query.shape[0] if fused else 0, query.shape[1], dtype=wide_dtype(query))
 
 
 def _sequences(

@@ -108,7 +108,7 @@ def functional_derivatives() -> bool:
     """Whether `torch.func` is taking a derivative backwards, as its `grad` does."""
     if torch.compiler.is_compiling():
         return False
-    return any(level.key() is TransformType.Grad for level in retrieve_all_functorch_interpreters())
+    return any(level.key() == TransformType.Grad for level in retrieve_all_functorch_interpreters())
 
 
 def _first(refusals: Mapping[Backend, str]) -> Backend:

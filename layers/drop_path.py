@@ -48,7 +48,7 @@ class DropPath(nn.Module):
         samples = len(x) if packing is None else len(packing.starts) - 1
         kept = torch.rand(samples, *[1] * (x.dim() - 1), device=x.device) < keep
         if packing is not None:
-            kept = kept[packed_places(packing, len(x))[0]]
+            kept = kept[packed_places(packing, x.shape[0])[0]]
         # Not x * kept: a dropped branch that overflowed must give zero, not NaN.
         return torch.where(kept, x / keep if keep else x, 0.0)
 

@@ -1,6 +1,6 @@
 """Multi-head attention (Vaswani et al., 2017)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -198,15 +198,15 @@ class MultiHeadAttention(nn.Module):
         key_packing: Packing | None,
         bias: Tensor | ScoreBias | None,
         is_causal: bool,
-        given: dict[str, object],
+        given: Mapping[str, object],
     ) -> Tensor:
         for name, option in given.items():
             if option is not None:
                 raise ValueError(f"{name} must be None with packed tokens, got a {type(option).__name__}")
         own = self._score_bias()
         score_bias = own if bias is None else bias
-        fits = score_bias is None or isinstance(score_bias, DistanceBias)
-        if not fits or (bias is not None and own is not None):
+        both = bias is not None and own is not None
+        if both or (score_bias is not None and not isinstance(score_bias, DistanceBias)):
             raise ValueError(
                 "bias must be None with packed tokens, or a DistanceBias where the layer has none of its "
                 f"own, got a {type(score_bias).__name__}"
@@ -221,10 +221,10 @@ class MultiHeadAttention(nn.Module):
         q = self.query_norm(q.unflatten(1, (self.num_heads, -1)))
         k = self.key_norm(k.unflatten(1, (self.num_kv_heads, -1)))
         if self.rotary is not None:
-            sequences, places = packed_places(packing, len(q))
+            sequences, places = packed_places(packing, q.shape[0])
             more = key_packing.starts.diff() - packing.starts.diff()  # the last query stands at the last key
             q = self._turned(q, places + more[sequences])
-            k = self._turned(k, packed_places(key_packing, len(k))[1])
+            k = self._turned(k, packed_places(key_packing, k.shape[0])[1])
         heads = packed_attention(
             q,
             k,
@@ -232,7 +232,7 @@ class MultiHeadAttention(nn.Module):
             packing.starts,
             key_packing.starts,
             longest=(packing.longest, key_packing.longest),
-            score_bias=score_bias,
+            score_bias=score_bias if isinstance(score_bias, DistanceBias) else None,
             is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0,
         )

@@ -37,7 +37,7 @@ def pack(tokens: Tensor, key_mask: Tensor) -> tuple[Tensor, Packing]:
     """The tokens of a padded batch that take part, one sequence after the other, and where each stands.
 
     What padding costs is saved in all that is done with them. How many there are is read from the mask: on a
-    GPU a synchronisation, under `torch.compile` a graph break, so pack in front of what is compiled.
+    GPU a synchronisation, under `torch.compile` a graph break where `fullgraph=True` does not forbid it.
 
     Args:
         tokens: (B, L, ...) of any dtype.
@@ -92,7 +92,7 @@ def unpack(tokens: Tensor, key_mask: Tensor) -> Tensor:
             f"key_mask must be True in {len(tokens)} places, one a token, got {int(key_mask.sum())}"
         )
     # Not `nonzero`: how many there are is known, and a GPU need not be waited for.
-    places = key_mask.flatten().nonzero_static(size=len(tokens)).squeeze(1)
+    places = key_mask.flatten().nonzero_static(size=tokens.shape[0]).squeeze(1)
     padded = tokens.new_zeros(key_mask.numel(), *tokens.shape[1:]).index_copy(0, places, tokens)
     return padded.unflatten(0, key_mask.shape)
 

@@ -175,7 +175,7 @@ class Bert(Model):
         if packing is not None:
             if key_mask is not None or packed:
                 raise ValueError("key_mask and packed must be left out where a packing is given")
-            places = packed_places(packing, len(ids))[1]
+            places = packed_places(packing, ids.shape[0])[1]
         else:
             if key_mask is None:
                 key_mask = ids != self.config.padding_id

@@ -26,7 +26,8 @@ class LinformerConfig:
     "heads", those of a layer share both; "key_value", and keys and values share it too; "layers", there is
     one for the whole model. `rank` may be a tuple, with a k for each layer, unless they share. `projection`
     is the kind of `LengthProjection`. `attention` puts another layer in place of all that: with
-    "MultiHeadAttention" the model is the RoBERTa that the paper compares with.
+    "MultiHeadAttention" the model is the RoBERTa that the paper compares with. Matrices and tables start with
+    the deviation `std`: BERT's 0.02 is near 1 / √dim at its width of 768, and small for a narrow model.
 
     Source:
         Wang et al. 2020. Section 4.
@@ -51,10 +52,13 @@ class LinformerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     norm_eps: float = 1e-5
+    std: float = 0.02
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int):  # JSON has no tuples
             object.__setattr__(self, "rank", tuple(self.rank))
+        if self.std <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
         if self.share not in ("none", "heads", "key_value", "layers"):
             raise ValueError(f"share must be none, heads, key_value or layers, got {self.share!r}")
         if isinstance(self.rank, tuple):
@@ -154,8 +158,8 @@ class Linformer(Model):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices and tables truncated normal with deviation 0.02, biases zero; E and F reset themselves."""
-        reset_as_bert(self)
+        """Matrices and tables truncated normal with `config.std`, biases zero; E and F reset themselves."""
+        reset_as_bert(self, self.config.std)
 
     def forward(self, ids: Tensor, *, key_mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Scores of tokens. Shapes as above."""

@@ -1,10 +1,10 @@
 """A small BERT learns a text by its masked tokens, beside two that read from the left alone.
 
-The paper trains on 3.3 billion words for days; here it is the Penn Treebank's million, for minutes. What can
-be shown there is the paper's claim itself: that a token is told better from both sides of it. The two models
-to compare with have the same blocks under a causal mask. One has the same training, so that only what it may
-see differs; the other is the paper's left-to-right model, a language model that learns from every token, and
-in the test is asked for those that the others are asked for.
+The paper trains on 3.3 billion words for days; here it is the 29,000 captions of Multi30k, for minutes. What
+can be shown there is the paper's claim itself: that a token is told better from both sides of it. The two
+models to compare with have the same blocks under a causal mask. One has the same training, so that only what
+it may see differs; the other is the paper's left-to-right model, a language model that learns from every
+token, and in the test is asked for those that the others are asked for.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .text_data import TextData
 
 SAME_MASKS, LANGUAGE_MODEL = "left to right", "left-to-right language model"
-VOCAB_SIZE, LENGTH = 4000, 64
+VOCAB_SIZE, LENGTH = 1000, 32
 
 
 def data(settings: TextSettings, folder: Path | None) -> "LightningDataModule":
@@ -53,6 +53,12 @@ def unigram(data: "TextData") -> float:
     from .masked_language import unigram
 
     return unigram(data)
+
+
+def neighbours(data: "TextData") -> float:
+    from .masked_language import neighbours
+
+    return neighbours(data)
 
 
 def below_the_unigram(found: Comparison) -> float:
@@ -88,7 +94,7 @@ BERT_MLM = register(
         title="A small BERT tells masked tokens from both sides",
         paper="Devlin et al. BERT: Pre-training of Deep Bidirectional Transformers for Language "
         "Understanding. NAACL 2019.",
-        model="bert_mini_pretraining",
+        model="bert_tiny_pretraining",
         model_options={
             "vocab_size": VOCAB_SIZE,
             "max_length": LENGTH,
@@ -98,30 +104,30 @@ BERT_MLM = register(
         data=data,
         task=task,
         settings=TextSettings(
-            epochs=8,
+            epochs=10,
             learning_rate=1e-3,
-            batch_size=16,
+            batch_size=32,
             weight_decay=0.01,
             warmup_epochs=1,
             gradient_clip=1.0,
             threads=1,
             length=LENGTH,
             vocab_size=VOCAB_SIZE,
-            batches=160,
+            batches=1000,
         ),
         metric=Metric(
             name="cross entropy of masked tokens",
             key="loss",
             unit="nats",
-            bar=4.0,
+            bar=3.32,
             higher_is_better=False,
-            source="60 % of the unigram's on the same tokens",
+            source="60 % of the unigram's on the same tokens, set before the first run",
         ),
         arms={
             SAME_MASKS: Arm(model={"is_causal": True}),
             LANGUAGE_MODEL: Arm(model={"is_causal": True}, task=language_model),
         },
-        baselines={"unigram": unigram},
+        baselines={"unigram": unigram, "the two neighbours": neighbours},
         claims=(
             Claim(
                 name="cross entropy below the unigram's",
@@ -146,6 +152,9 @@ BERT_MLM = register(
         data_format="text: {train,valid,test} in the names of *.txt or *.txt.gz, such as the Penn Treebank's "
         "ptb.train.txt, or files to be cut into parts, or Multi30k's *.en",
         bar_with_data=True,
-        notes="",
+        notes="The smallest of the published sizes, on Multi30k's English captions in blocks of 32 pieces, "
+        "without dropout and without the second task, as there are no pairs of texts. All three trainings "
+        "take as many steps over as many tokens; the language model learns from each of them, the others "
+        "from 15 %. Without --data the text is made by rule.",
     )
 )

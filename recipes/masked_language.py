@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .masking import IGNORED, Masked
 from .settings import TextSettings
 from .text_data import MASK, PADDING, SPECIAL, UNKNOWN, UNTOLD, TextData
-from .text_models import TextModel, check_texts, encode, read_tokenizer
+from .text_models import TextModel, check_texts, encode, read_tokenizer, special_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..models import BertForPreTraining
 
 SHOWN = 8
+SMOOTHING = 5.0
 
 
 class MaskedLanguage(LightningModule):
@@ -139,16 +140,47 @@ class LeftToRightLanguage(MaskedLanguage):
 
 
 def unigram(data: TextData) -> float:
-    """The test's loss of who knows how often each token is in the training part, and nothing else.
+    """The test's loss of who knows how often each token is in the training part, and nothing else."""
+    shares, losses = _shares(data), []
+    for n, ids in enumerate(data.test_dataloader()):
+        labels = data.hide_fixed(ids, n).labels
+        losses.append(-shares.log()[labels[labels != IGNORED]])
+    return float(torch.cat(losses).mean())
 
-    Each token is counted once more, as some may be in the test alone.
+
+def neighbours(data: TextData) -> float:
+    """The test's loss of who has counted pairs of neighbours in the training part, and nothing else.
+
+    .. math:: p(w \\mid l, r) \\propto p(w \\mid l) \\, p(w \\mid r) / p(w)
+
+    holds where the two neighbours are independent given w. Beside each neighbour `SMOOTHING` more pairs are
+    taken to be there, of tokens as frequent as they are anywhere; so a masked neighbour tells nothing.
     """
+    shares, train = _shares(data), data.parts["train"]
+    pairs = torch.zeros(len(shares), len(shares))
+    pairs.index_put_((train[:, :-1].flatten(), train[:, 1:].flatten()), torch.ones(()), accumulate=True)
+
+    def beside(counts: Tensor) -> Tensor:
+        return (counts + SMOOTHING * shares) / (counts.sum(1, keepdim=True) + SMOOTHING)
+
+    losses = []
+    for n, ids in enumerate(data.test_dataloader()):
+        masked = data.hide_fixed(ids, n)
+        row, asked = (masked.labels != IGNORED).nonzero(as_tuple=True)
+        places, labels = masked.places[row, asked], masked.labels[row, asked]
+        seen = F.pad(masked.ids, (0, 1), value=PADDING)
+        left, right = seen[row, places - 1], seen[row, places + 1]
+        p = torch.where(shares > 0, beside(pairs[left]) * beside(pairs.T[right]) / shares, 0)
+        losses.append((p.sum(1) / p[torch.arange(len(p)), labels]).log())
+    return float(torch.cat(losses).mean())
+
+
+def _shares(data: TextData) -> Tensor:
+    """Of each token in the training part; each is counted once more, as some may be in the test alone."""
     known = data.tokenizer.get_vocab_size()
     counts = torch.bincount(data.parts["train"].flatten(), minlength=known).double() + 1
     counts[list(UNTOLD)] = 0
-    masks = [data.hide_fixed(ids, n) for n, ids in enumerate(data.test_dataloader())]
-    labels = torch.cat([masked.labels[masked.labels != IGNORED] for masked in masks])
-    return float(-(counts / counts.sum()).log()[labels].mean())
+    return counts / counts.sum()
 
 
 class Guess(NamedTuple):
@@ -190,10 +222,7 @@ class MaskFiller(TextModel):
 
     def __init__(self, model: "BertForPreTraining", tokenizer: "Tokenizer") -> None:
         super().__init__(model, tokenizer)
-        mask: int | None = tokenizer.token_to_id(SPECIAL[MASK])
-        if mask is None:
-            raise ValueError(f"tokenizer must have {SPECIAL[MASK]}")
-        self.mask_id = mask
+        self.mask_id = special_id(tokenizer, SPECIAL[MASK])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "MaskFiller":

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 
@@ -14,21 +14,29 @@ def device() -> str:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long one call takes, until a GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = perf_counter()
+    """How long one call takes, by `clock`."""
+    start = clock()
     call()
+    return clock() - start
+
+
+def clock() -> float:
+    """The time in seconds, once a GPU has done its work.
+
+    Where one thread computes on a CPU it is the process's own: what a neighbour takes of the core, or a
+    stopped process waits, is not counted. With more threads it is the wall's, as on a GPU.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return perf_counter() - start
+        return perf_counter()
+    return process_time() if torch.get_num_threads() == 1 else perf_counter()
 
 
 def seconds_by_turns(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """The seconds of each call in each round, after one round that warms up.
 
     The calls take turns: on a machine with neighbours only what is timed side by side can be compared. So
-    take the ratio within a round, and the median over the rounds.
+    take the ratio within a round, or the least of the rounds: what interrupts a call only adds to it.
 
     Example:
         >>> from lamina.recipes.measuring import seconds_by_turns
@@ -68,7 +76,7 @@ def peak_memory() -> Iterator[Peak]:
     ) as profile:
         yield peak
     held = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak.bytes = max(peak.bytes, held)

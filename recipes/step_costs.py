@@ -2,15 +2,13 @@
 
 import statistics
 from contextlib import ExitStack
-from time import perf_counter
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from .masked_language import MaskedLanguage
-from .measuring import Peak, peak_memory
+from .measuring import Peak, clock, peak_memory
 from .settings import TextSettings
 
 
@@ -36,13 +34,13 @@ class StepCosts(Callback):
     ) -> None:
         if batch_idx == 0:
             self.peak = self.measuring.enter_context(peak_memory())
-        self.started = _now()
+        self.started = clock()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx:
-            self.milliseconds.append(1e3 * (_now() - self.started))
+            self.milliseconds.append(1e3 * (clock() - self.started))
             return
         self.measuring.close()
         self.peak_mb = self.peak.bytes / 2**20
@@ -71,10 +69,3 @@ class CostedLanguage(MaskedLanguage):
 
     def configure_callbacks(self) -> list[Callback]:
         return [self.costs]
-
-
-def _now() -> float:
-    """The clock, once a GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()

@@ -95,7 +95,7 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         blocks = self.parts["train"]
         number = self.batches * self.batch_size or len(blocks)
-        sampler = RandomSampler(blocks, num_samples=number)  # type: ignore[arg-type]
+        sampler = RandomSampler(blocks, num_samples=number)
         return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Tensor]:

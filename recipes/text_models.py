@@ -29,9 +29,8 @@ class TextModel:
     """
 
     def __init__(self, model: nn.Module, tokenizer: "Tokenizer") -> None:
-        lacking = [token for token in (_CLS, _SEP) if tokenizer.token_to_id(token) is None]
-        if lacking:
-            raise ValueError(f"tokenizer must have {_CLS} and {_SEP}, got none of {', '.join(lacking)}")
+        for token in (_CLS, _SEP):
+            special_id(tokenizer, token)
         known: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
         if tokenizer.get_vocab_size() > known:
             raise ValueError(
@@ -80,9 +79,21 @@ class TextModel:
         return plot_attention(weights, query_labels=pieces, key_labels=pieces, path=path)
 
 
+def special_id(tokenizer: "Tokenizer", token: str) -> int:
+    """The id of a token that the vocabulary must have.
+
+    Raises:
+        ValueError: it has not.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"tokenizer must have {token}, got a vocabulary without it")
+    return int(found)
+
+
 def encode(tokenizer: "Tokenizer", texts: Sequence[str], length: int | None = None) -> list[list[int]]:
     """The ids of each text between [CLS] and [SEP]; what makes them more than `length` is cut off."""
-    cls, sep = tokenizer.token_to_id(_CLS), tokenizer.token_to_id(_SEP)
+    cls, sep = special_id(tokenizer, _CLS), special_id(tokenizer, _SEP)
     room = None if length is None else length - 2
     found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [[cls, *encoding.ids[:room], sep] for encoding in found]

@@ -27,15 +27,15 @@ class Tiles(NamedTuple):
 _TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
         16: {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
-        32: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        32: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 64, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "query": {
         16: {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 64, 8, 1)},
-        32: {64: Tiles(64, 16, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        32: {64: Tiles(64, 16, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "key": {
-        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
-        32: {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        16: {64: Tiles(64, 64, 4, 2), 128: Tiles(16, 128, 8, 2), 256: Tiles(64, 32, 8, 1)},
+        32: {64: Tiles(32, 32, 4, 1), 128: Tiles(64, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     },
     "bias": {
         16: {64: Tiles(64, 64, 8, 1), 128: Tiles(64, 64, 8, 1), 256: Tiles(64, 32, 8, 1)},
@@ -47,9 +47,8 @@ _TILES: dict[str, dict[int, dict[int, Tiles]]] = {
 _TILES_WITH: dict[str, dict[tuple[str, int, int], Tiles]] = {
     "dropout": {
         ("forward", 16, 64): Tiles(64, 64, 4, 2),
-        ("query", 16, 64): Tiles(64, 32, 4, 2),
-        ("key", 16, 64): Tiles(32, 64, 4, 1),
-        ("key", 16, 128): Tiles(32, 32, 8, 1),
+        ("query", 16, 64): Tiles(128, 32, 8, 2),
+        ("key", 16, 64): Tiles(16, 128, 8, 2),
     },
     "table": {
         ("forward", 16, 128): Tiles(128, 32, 8, 2),

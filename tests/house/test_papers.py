@@ -21,11 +21,12 @@ HEADINGS = [
 ]
 # By the file in `models`. A new paper does not come onto this list; what is done goes off it.
 LACKS = {
-    "bert": {"a result of bert_mlm", "a result of bert_sst2", "a result of swap_attention"},
+    "bert": {"a result of bert_mlm", "a result of bert_sst2"},
     "linformer": {
         "a result of linformer_mlm",
         "a result of linformer_speed",
         "a result of linformer_speed_gpu",
+        "a result of swap_attention",
     },
     "recurrent_classifier": {
         "docs/papers/recurrent_classifier.md",

@@ -152,12 +152,16 @@ def cases(given):
     ]
 
 
+def draw(shapes, in_dims) -> list[Tensor]:
+    return [
+        torch.randn(shape if dim is None else (*shape[:dim], V, *shape[dim:]))
+        for shape, dim in zip(shapes, in_dims, strict=True)
+    ]
+
+
 def check(operation, shapes, in_dims, backend: str = "triton") -> dict[str, int]:
     """That it equals a loop, with its gradients; returns how often its operations were called."""
-    inputs = []
-    for shape, dim in zip(shapes, in_dims, strict=True):
-        mapped = shape if dim is None else (*shape[:dim], V, *shape[dim:])
-        inputs.append(torch.randn(mapped, requires_grad=True))
+    inputs = [t.requires_grad_() for t in draw(shapes, in_dims)]
     with use_backend(backend), Calls() as calls:
         actual = torch.func.vmap(operation, in_dims)(*inputs)
     counts = dict(calls.counts)
@@ -225,9 +229,7 @@ DIFFERENTIABLE = {n: (*TOGETHER[n][:2], TOGETHER[n][2][:1]) for n in TOGETHER if
 @pytest.mark.filterwarnings("ignore:.* does not run on:UserWarning")
 def test_derivatives_by_torch_func_are_the_definitions(operation, shapes, in_dims, backend):
     """As per-sample gradients are taken: each sample's alone, all at once."""
-    inputs = [
-        torch.randn(shape if dim is None else (V, *shape)) for shape, dim in zip(shapes, in_dims, strict=True)
-    ]
+    inputs = draw(shapes, in_dims)
 
     def loss(*inputs):
         return operation(*inputs).pow(3).sum()
@@ -237,7 +239,7 @@ def test_derivatives_by_torch_func_are_the_definitions(operation, shapes, in_dim
         with use_backend(path):
             outcomes.append(torch.func.vmap(torch.func.grad(loss), in_dims)(*inputs))
     torch.testing.assert_close(*outcomes)
-    inputs = [t if dim is None else t[1] for t, dim in zip(inputs, in_dims, strict=True)]
+    inputs = [t if dim is None else t.select(dim, 1) for t, dim in zip(inputs, in_dims, strict=True)]
     with use_backend(backend):
         torch.testing.assert_close(torch.func.grad(loss)(*inputs), outcomes[1][1])
 

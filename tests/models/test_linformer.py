@@ -113,6 +113,16 @@ def test_places_are_scored_as_the_whole_is():
     )
 
 
+def test_it_starts_with_the_deviation_that_is_asked_for():
+    for std in (0.02, 0.3):
+        model = Linformer(replace(SMALL, vocab_size=5000, std=std))
+        table = model.bert.embedding.weight
+        assert table.abs().max() <= 2 * std
+        assert table.std().item() == pytest.approx(0.88 * std, rel=0.02)  # cut at two deviations
+        query = model.bert.encoder.blocks[0].attention.query.weight
+        assert query.abs().max() > std
+
+
 def test_it_has_no_pooler():
     model = Linformer(SMALL)
     with pytest.raises(ValueError, match="pooler must be True for a model that pools"):
@@ -135,6 +145,7 @@ def test_it_saves_and_loads_what_is_shared(tmp_path):
     ("changes", "message"),
     [
         ({"share": "all"}, "share must be none, heads, key_value or layers, got 'all'"),
+        ({"std": 0.0}, "std must be above 0, got 0.0"),
         ({"rank": (3, 4, 5)}, r"rank must be one number or 2, one a layer, got \(3, 4, 5\)"),
         ({"rank": (3, 4), "share": "layers"}, "rank must be one number where all layers share"),
     ],

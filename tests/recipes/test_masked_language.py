@@ -1,5 +1,6 @@
 """BERT's pre-training task: losses by hand, fixed masks, reading from the left, a model that fills masks."""
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,13 @@ import torch.nn.functional as F
 from lamina.models import create_model
 from lamina.recipes import RecipeError, TextSettings, get_recipe
 from lamina.recipes.bert_adam import BertAdam
-from lamina.recipes.masked_language import LeftToRightLanguage, MaskedLanguage, MaskFiller, unigram
+from lamina.recipes.masked_language import (
+    LeftToRightLanguage,
+    MaskedLanguage,
+    MaskFiller,
+    neighbours,
+    unigram,
+)
 from lamina.recipes.masking import IGNORED
 from lamina.recipes.text_data import MASK, PADDING, SEP, UNKNOWN, TextData
 from lamina.recipes.text_models import encode
@@ -208,6 +215,48 @@ def test_the_unigram_knows_how_often_a_token_is(data):
         if label != IGNORED
     ]
     assert unigram(data) == pytest.approx(sum(wanted) / len(wanted), rel=1e-6)
+
+
+def test_neighbours_are_counted_in_pairs(data):
+    """Of those two alone, in the test's first batches; unseen pairs by the shares of the tokens."""
+    known, train = 150, data.parts["train"].tolist()
+    counts = [1.0] * known
+    pairs = {}
+    for row in train:
+        for n in row:
+            counts[n] += 1
+        for pair in itertools.pairwise(row):
+            pairs[pair] = pairs.get(pair, 0) + 1
+    shares = [n / sum(counts[MASK:]) if id >= MASK else 0.0 for id, n in enumerate(counts)]
+    after = {w: sum(n for (a, _), n in pairs.items() if a == w) for w in range(known)}
+    before = {w: sum(n for (_, b), n in pairs.items() if b == w) for w in range(known)}
+
+    def told(left, right):
+        p = [
+            (pairs.get((left, w), 0) + 5 * share)
+            / (after[left] + 5)
+            * (pairs.get((w, right), 0) + 5 * share)
+            / (before[right] + 5)
+            / share
+            if share
+            else 0.0
+            for w, share in enumerate(shares)
+        ]
+        return [q / sum(p) for q in p]
+
+    few = TextData(length=16, batch_size=7, vocab_size=150)
+    few.tokenizer, few.parts = data.tokenizer, data.parts | {"test": data.parts["test"][-9:]}
+    losses = []
+    for n, ids in enumerate(few.test_dataloader()):
+        masked = few.hide_fixed(ids, n)
+        for row, places, labels in zip(*(part.tolist() for part in masked), strict=True):
+            for place, label in zip(places, labels, strict=True):
+                if label != IGNORED:
+                    p = told(row[place - 1], [*row, PADDING][place + 1])
+                    losses.append(-math.log(p[label]))
+    assert len(losses) > 10
+    assert neighbours(few) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert neighbours(few) < unigram(few)
 
 
 @pytest.fixture

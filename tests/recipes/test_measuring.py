@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lamina.recipes import measuring
 from lamina.recipes.measuring import device, peak_bytes, peak_memory, seconds, seconds_by_turns
 
 MB = 2**18  # floats
@@ -19,6 +20,19 @@ def test_a_call_is_made_once_and_takes_time():
     calls = []
     assert seconds(lambda: calls.append(1)) > 0
     assert calls == [1]
+
+
+def test_one_thread_of_a_cpu_is_timed_by_its_own_work(monkeypatch):
+    monkeypatch.setattr(measuring, "process_time", lambda: 1.0)
+    monkeypatch.setattr(measuring, "perf_counter", lambda: 2.0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert measuring.clock() == (1.0 if device() == "cpu" else 2.0)
+        torch.set_num_threads(2)
+        assert measuring.clock() == 2.0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_peak_is_what_is_held_at_once_beyond_what_was_there():

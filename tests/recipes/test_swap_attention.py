@@ -55,7 +55,7 @@ class Clock:
 
 
 def test_a_step_is_timed_and_its_memory_is_what_it_adds(monkeypatch):
-    monkeypatch.setattr(costs, "_now", Clock(0, 1, 3.5, 4, 4.007, 5))
+    monkeypatch.setattr(costs, "clock", Clock(0, 1, 3.5, 4, 4.007, 5))
     step, logged, kept = StepCosts(), {}, []
     for index, size in enumerate((3 * 2**18, 1, 1)):
         step.on_train_batch_start(None, None, None, index)

@@ -9,8 +9,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("lamina", "torch", "triton", "lightning", "torchmetrics", "numpy", "scikit-learn")
-PACKAGES += ("tokenizers", "sacrebleu", "transformers")
+PACKAGES = (
+    "lamina",
+    "torch",
+    "triton",
+    "lightning",
+    "torchmetrics",
+    "numpy",
+    "scikit-learn",
+    "tokenizers",
+    "sacrebleu",
+)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`for_sm90`: what the compiler makes of kernels for a Hopper GPU, on a machine without one."""
+"""A quicker interpreter, and `for_sm90`: what the compiler makes of kernels for a Hopper GPU without one."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,40 @@ COMPILE = Path(__file__).parent / "sm90" / "compile.py"
 SHARED = 232_448  # bytes that a block may have
 
 Compiler = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter exchanges the functions of its language at every call within a kernel, which is a
+    third of its time: here it does at the first one of a launch."""
+    interpreter: Any = find_spec("triton") and import_module("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_LangPatchScope"):  # no Triton, or another version
+        yield
+        return
+    exchange, execute, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    @cache
+    def modules(function: Callable[..., Any]) -> frozenset[int]:
+        """Those that are exchanged for a function: the language as it is called in its file."""
+        there = interpreter.tl, interpreter.tl.core
+        return frozenset(
+            id(value) for value in function.__globals__.values() if any(value is module for module in there)
+        )
+
+    def exchange_once(function: Callable[..., Any]) -> Any:
+        if modules(function) <= done:
+            return interpreter._LangPatchScope()
+        done.update(modules(function))
+        return exchange(function)
+
+    def launch(*arguments: Any, **options: Any) -> None:
+        done.clear()
+        execute(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", exchange_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        yield
 
 
 @pytest.fixture(scope="session")

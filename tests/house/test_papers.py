@@ -33,7 +33,6 @@ LACKS = {
         "docs/notebooks/recurrent_classifier.ipynb",
     },
     "reformer": {
-        "a result of reformer_duplication",
         "a result of reformer_duplication_gpu",
         "a result of reformer_memory",
         "a result of reformer_memory_gpu",

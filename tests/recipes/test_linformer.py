@@ -128,6 +128,14 @@ def test_a_table_is_set_beside_the_papers():
     assert beside["test/largest_factor"] == pytest.approx(2)
     assert beside["test/rank_correlation"] == pytest.approx(0.5)  # ranks 2 1 3 beside 1 2 3
     assert _beside_the_paper([row(512, 128, 3.0)]) == {}
+    stats = pytest.importorskip("scipy.stats")
+    table = [
+        (n, k, saved) for n, line in TIME_SAVED.items() for k, saved in zip(RANKS, line, strict=True) if saved
+    ]
+    ours = torch.rand(len(table)).mul(5).round().add(1).tolist()  # with ties, as the paper's
+    beside = _beside_the_paper([row(n, k, x) for (n, k, _), x in zip(table, ours, strict=True)])
+    expected = stats.spearmanr(ours, [saved for *_, saved in table]).statistic
+    assert beside["test/rank_correlation"] == pytest.approx(expected)
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):

@@ -27,8 +27,9 @@ def attention_spectrum(weights: Tensor) -> Tensor:
 
     Example:
         >>> from lamina.viz import attention_spectrum
-        >>> attention_spectrum(torch.full((1, 2, 5, 5), 0.2))[:, 0]  # all rows alike: rank one
-        tensor([1.0000, 1.0000])
+        >>> shares = attention_spectrum(torch.full((1, 2, 5, 5), 0.2))
+        >>> [round(share, 4) for share in shares[:, 0].tolist()]  # all rows alike: rank one
+        [1.0, 1.0]
     """
     if weights.ndim not in (3, 4) or weights.numel() == 0:
         raise ValueError(

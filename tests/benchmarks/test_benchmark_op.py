@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def run(folder: Path, reference: str, *options: str) -> subprocess.CompletedProc
     (folder / "bench_product.py").write_text(BENCH.format(reference=reference))
     (folder / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n")
     command = [sys.executable, "-m", "pytest", "-q", "--quick", *options, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    # In a worker of pytest-xdist pytest-benchmark times nothing; what a worker starts is none.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
 def test_writes_what_it_measured_with_device_and_versions(tmp_path):

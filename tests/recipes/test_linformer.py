@@ -126,7 +126,9 @@ def test_a_table_is_set_beside_the_papers():
         [row(512, 128, 3.0), row(1024, 128, 1.7), row(2048, 128, 5.2), row(2048, 128, 99.0, "fused")]
     )
     assert beside["test/largest_factor"] == pytest.approx(2)
-    assert beside["test/rank_correlation"] == pytest.approx(0.5)  # ranks 2 1 3 beside 1 2 3
+    assert beside["test/rank_correlation"] == pytest.approx(
+        0.5, rel=1e-5
+    )  # in float32; ranks 2 1 3 beside 1 2 3
     assert _beside_the_paper([row(512, 128, 3.0)]) == {}
     stats = pytest.importorskip("scipy.stats")
     table = [

@@ -27,7 +27,7 @@ class LinformerConfig:
     one for the whole model. `rank` may be a tuple, with a k for each layer, unless they share. `projection`
     is the kind of `LengthProjection`. `attention` puts another layer in place of all that: with
     "MultiHeadAttention" the model is the RoBERTa that the paper compares with. Matrices and tables start with
-    the deviation `std`: BERT's 0.02 is near 1 / √dim at its width of 768, and small for a narrow model.
+    the deviation `std`, which is BERT's 0.02; a narrow model may want more.
 
     Source:
         Wang et al. 2020. Section 4.

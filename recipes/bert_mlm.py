@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 SAME_MASKS, LANGUAGE_MODEL = "left to right", "left-to-right language model"
 VOCAB_SIZE, LENGTH = 1000, 32
+TEXT = (  # what `data` takes
+    "text: {train,valid,test} in the names of *.txt or *.txt.gz, such as the Penn Treebank's ptb.train.txt, "
+    "or files to be cut into parts, or Multi30k's *.en"
+)
 
 
 def data(settings: TextSettings, folder: Path | None) -> "LightningDataModule":
@@ -149,8 +153,7 @@ BERT_MLM = register(
             "Attention of a line": attention_of_a_line,
         },
         seeds=(1,),
-        data_format="text: {train,valid,test} in the names of *.txt or *.txt.gz, such as the Penn Treebank's "
-        "ptb.train.txt, or files to be cut into parts, or Multi30k's *.en",
+        data_format=TEXT,
         bar_with_data=True,
         notes="The smallest of the published sizes, on Multi30k's English captions in blocks of 32 pieces, "
         "without dropout and without the second task, as there are no pairs of texts. All three trainings "

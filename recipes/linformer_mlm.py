@@ -7,7 +7,7 @@ falls with k, and nears that of full attention. All trainings see the same text,
 
 from typing import TYPE_CHECKING
 
-from .bert_mlm import below_the_unigram, data, unigram
+from .bert_mlm import TEXT, below_the_unigram, data, unigram
 from .recipe import Arm, Claim, Metric, Outcome, Recipe, register
 from .settings import TextSettings
 
@@ -136,12 +136,11 @@ LINFORMER_MLM = register(
             ),
         },
         seeds=(1,),
-        data_format="text: {train,valid,test} in the names of *.txt or *.txt.gz, such as the Penn Treebank's "
-        "ptb.train.txt, or files to be cut into parts, or Multi30k's *.en",
+        data_format=TEXT,
         bar_with_data=True,
         notes="The paper pre-trains RoBERTa's base model on 3.3 billion words; here two blocks of 128 see "
         "the Penn Treebank's million for minutes, in texts of n = 128. Nothing is dropped; matrices start "
-        "with a deviation of 1 / √dim: with 0.02 none left the unigram's level in 500 steps. Of the singular "
-        "values the largest quarter counts, which is the paper's 128 of 512.",
+        "with a deviation of 1 / √dim, a choice from trials in texts of n = 32. Of the singular values the "
+        "largest quarter counts, which is the paper's 128 of 512.",
     )
 )

@@ -7,7 +7,7 @@ sides: low-rank attention has no causal form.
 
 from typing import TYPE_CHECKING, Any
 
-from .bert_mlm import data, unigram
+from .bert_mlm import TEXT, data, unigram
 from .recipe import Arm, Claim, Comparison, Metric, Outcome, Recipe, register
 from .settings import TextSettings
 
@@ -111,8 +111,7 @@ SWAP_ATTENTION = register(
             "Learning curves by attention": curves_by_attention,
         },
         seeds=(1,),
-        data_format="text: Multi30k's {train,val,test_2016_flickr}.en, or {train,valid,test} in the names of "
-        "*.txt or *.txt.gz, such as the Penn Treebank's ptb.train.txt, or files to be cut into parts",
+        data_format=TEXT,
         bar_with_data=True,
         notes="No paper has this table. Two blocks of 128 in four heads, texts of n = 128, nothing dropped; "
         "matrices start with a deviation of 1 / √dim. What the other attentions save in time and memory "

@@ -329,13 +329,30 @@ def test_the_fast_path_is_registered():
 @pytest.mark.parametrize(("length", "dtype"), [(9, torch.int32), (2**29 + 4, torch.int64)])
 def test_rows_are_counted_in_as_many_bits_as_the_last_needs(length, dtype):
     """The table of the long one has more than 2**31 rows, though nothing is stored: all are one number."""
-    from lamina.kernels._deformable_bags import _Samples
+    from lamina.kernels._deformable_bags import _Levels, _Samples
 
-    value, locations = torch.zeros(1).expand(2, length, 2, 1), torch.full((2, 1, 2, 1, 2), 0.5)
-    rows = _Samples(value, (length - 4, 2, 2), locations).rows
+    value, locations = torch.zeros(1).expand(2, length, 2, 1), torch.full((2, 1, 2, 1, 1, 2), 0.5)
+    rows = _Samples(value, _Levels(slice(0, 1), [length - 4], [2], [2]), locations).rows
     assert rows.dtype is dtype
     last = [2 * (2 * length - 4 + cell) + 1 for cell in range(4)]  # of the last row of the batch and head
     assert rows[1, 0, 1, 0].flatten().tolist() == last
+
+
+@pytest.mark.parametrize("rows", [1, 2**7, 2**19])
+@pytest.mark.parametrize("gathered", [1, 2**6])
+def test_levels_by_any_number_at_once(monkeypatch, rows, gathered):
+    from lamina.kernels import _deformable_bags
+
+    monkeypatch.setattr(_deformable_bags, "ROWS", rows)
+    monkeypatch.setattr(_deformable_bags, "GATHERED", gathered)
+    inputs = draw((2, 3, 2, 2, 5), SHAPES)
+    expected = by_grid_sample(inputs[0], SHAPES, *inputs[1:])
+    with use_backend("torch"):
+        actual = sampled(inputs[0], SHAPES, *inputs[1:])
+    cotangent = torch.randn_like(actual)
+    torch.testing.assert_close(actual, expected)
+    found, wanted = (torch.autograd.grad(out, inputs, cotangent) for out in (actual, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 @on_the_device

@@ -9,8 +9,8 @@ and out[i] = value[i] where V(i) is empty: a token attends to itself only where 
 limit of the original's -1e5 on the diagonal, taken exactly. The length |x| is sqrt(x . x + 1e-6 D), as there.
 
 On a GPU kernels take the tokens from where they stand, write each round's outputs back to where they stand,
-and compute scores again for the gradients. A CPU runs the definition, which is in `_lsh_rounds.py`, for a few
-heads at a time.
+and compute scores again for the gradients. A CPU takes a few heads at a time: in chunks (`_lsh_chunks.py`), or
+with `dropout` or `deduplicate` by the definition (`_lsh_rounds.py`).
 """
 
 from typing import Any
@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import as_autocast
+from ._lsh_chunks import attend_in_chunks, has_chunks, heads_at_once
 from ._lsh_rounds import Options, attend, inverse, rounds, shares, sort_by_bucket
+from ._second_order import twice_differentiable
 from .backend import Refusals, choose, forced_backend, operation, triton_refusal
 from .checks import check_dropout, check_key_mask
-
-# Scores of a round that a CPU takes at a time, 2 MB of them.
-_CELLS = 2**19
 
 
 def _refusals(query_key: Tensor, value: Tensor, buckets: Tensor, **options: Any) -> Refusals:
@@ -72,7 +71,7 @@ def lsh_attention(
     With chunks of c tokens and w = c (look_back + 1 + look_ahead): time O(R L w D), and a sort. For a
     backward pass the definition keeps O(R L (w + D)), the kernels O(R L + L D), and O(R L D) for as long as a
     pass runs. Without one the definition needs O(L w + R L D). Twice differentiable, the buckets taken as
-    given, the kernels through the definition; a forward-mode derivative takes the definition. Every path is
+    given, every path through the definition; a forward-mode derivative takes the definition. Every path is
     deterministic: of a token's gradients in a round all come from one program, without atomics.
 
     Args:
@@ -171,28 +170,30 @@ def _cpu_path(
     dropout: float,
     options: Options,
 ) -> Tensor:
-    """The definition for as many heads at a time as have scores that stay in a cache: a third is gained."""
-    key_mask = _whole(key_mask, value)
+    """A few heads at a time: in chunks with a backward pass of their own, or else by the definition."""
+    whole = _whole(key_mask, value)
+    order, labels = sort_by_bucket(buckets, whole, options)
+    if has_chunks(query_key, value, order, dropout, options):
+        return twice_differentiable(
+            lambda q, v: attend_in_chunks(q, v, order, labels, whole, options),
+            lambda q, v: lsh_attention_reference(q, v, buckets, key_mask=key_mask, **options._asdict()),
+            query_key,
+            value,
+            node="_Attend",
+        )
     batch, heads, length, _ = query_key.shape
-    reach = options.chunk_size * (options.look_back + 1 + options.look_ahead)
-    at_once = max(1, _CELLS // max(1, length * min(reach, length)))
+    at_once = heads_at_once(length, options)
     n_heads = max(1, min(heads, at_once))
     n_batches = max(1, min(batch, at_once // n_heads))
+    dropped = (lambda weights, _: F.dropout(weights, dropout)) if dropout else None
     outputs = []
     for b in range(0, max(batch, 1), n_batches):
         rows = slice(b, b + n_batches)
         of_rows = []
         for h in range(0, max(heads, 1), n_heads):
             at = rows, slice(h, h + n_heads)
-            out = lsh_attention_reference(
-                query_key[at],
-                value[at],
-                buckets[at],
-                key_mask=None if key_mask is None else key_mask[rows],
-                dropout=dropout,
-                **options._asdict(),
-            )
-            of_rows.append(out)
+            mask = None if whole is None else whole[rows]
+            of_rows.append(attend(query_key[at], value[at], order[at], labels[at], mask, options, dropped))
         outputs.append(of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

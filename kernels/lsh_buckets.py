@@ -84,8 +84,17 @@ def lsh_buckets_reference(query_key: Tensor, rotations: Tensor, factors: Sequenc
     stride = 1
     for n, part in zip(factors, turned.split([n // 2 for n in factors], dim=-1), strict=True):
         if n > 1:
-            (top, first), (bottom, last) = part.max(-1), part.min(-1)
-            nearest = torch.where(top >= -bottom, first, last + n // 2)
-            buckets = buckets + stride * nearest.transpose(2, 3)
+            buckets = buckets + stride * _largest(part).transpose(2, 3)
             stride = stride * n
     return buckets
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Where in [x, -x] the largest stands, the first of equal ones. `max` does without vectors for places."""
+    half = x.shape[-1]
+    top = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    from_behind = torch.arange(half, 0, -1, dtype=x.dtype, device=x.device)
+    found = torch.eq(x, top, out=torch.empty_like(x)).mul_(from_behind + half)
+    found = torch.maximum(found, torch.eq(x, -top, out=torch.empty_like(x)).mul_(from_behind), out=found)
+    # Where all are 0 they count twice, and where one is NaN nothing is equal.
+    return (2 * half - found.amax(-1)).long().clamp_(0, 2 * half - 1)

@@ -2,19 +2,17 @@
 
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.kernels import explain, lsh_attention, use_backend
+from lamina.kernels import _lsh_chunks, explain, lsh_attention, use_backend
 from lamina.kernels.lsh_attention import lsh_attention_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-module = sys.modules["lamina.kernels.lsh_attention"]
 seeds = st.integers(0, 2**31)
 lengths = st.integers(1, 13)
 
@@ -121,7 +119,7 @@ def test_is_the_formula_at_every_size(options, seed, length, chunk_size, rounds)
 @pytest.mark.parametrize("cells", [1, 2 * 11 * 11, 3 * 11 * 11, 2**19])
 def test_on_a_cpu_a_few_heads_at_a_time_are_all_of_them(cells, monkeypatch):
     """One head of one batch, two heads, all of a batch, and everything."""
-    monkeypatch.setattr(module, "_CELLS", cells)
+    monkeypatch.setattr(_lsh_chunks, "CELLS", cells)
     query_key, value, buckets = draw(2, 3, 11, 5)
     options = {"num_buckets": 4, "chunk_size": 5, "key_mask": masked(2, 11), "circular": True}
     cotangent = torch.randn_like(value)

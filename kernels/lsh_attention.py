@@ -9,7 +9,7 @@ and out[i] = value[i] where V(i) is empty: a token attends to itself only where 
 limit of the original's -1e5 on the diagonal, taken exactly. The length |x| is sqrt(x . x + 1e-6 D), as there.
 
 On a GPU kernels take the tokens from where they stand, write each round's outputs back to where they stand,
-and compute scores again for the gradients. A CPU takes a few heads at a time in chunks (`_lsh_chunks.py`), and
+and compute scores again for the gradients. A CPU takes a few heads at a time in chunks (`_lsh_chunks.py`), or
 by the definition (`_lsh_rounds.py`) with `dropout` or `deduplicate`.
 """
 

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._lsh_rounds import Options, inverse, shares
-from ._second_order import transformed
-from .backend import forward_derivatives
+from .backend import forward_derivatives, transformed
 
 # Scores of a round that are taken at a time, 2 MB of them.
 CELLS = 2**19

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+from .backend import transformed
 
 
 def twice_differentiable(
@@ -41,11 +42,6 @@ def twice_differentiable(
     entered = _Enter.apply(passing, lambda *given: with_gaps(definition, given), *tensors)
     left: Tensor = _Leave.apply(passing, with_gaps(fast, entered))
     return left
-
-
-def transformed() -> int:
-    """Under how many transforms of `torch.func` this runs."""
-    return len(retrieve_all_functorch_interpreters())
 
 
 class _Replaced:

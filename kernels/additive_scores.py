@@ -15,8 +15,15 @@ the difference has few of their digits, another form of the tanh takes the place
 import torch
 from torch import Tensor
 
-from ._second_order import transformed
-from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
+from .backend import (
+    Refusals,
+    choose,
+    forced_backend,
+    forward_derivatives,
+    operation,
+    transformed,
+    triton_refusal,
+)
 
 # Up to so many tanh, or with fewer queries or keys, the definition is about as fast on a CPU: what surrounds
 # the tiles takes as long then, or the exponentials, of which each token has as many as hidden units.

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._second_order import transformed
-from .backend import Refusals, choose, forward_derivatives, operation, triton_refusal
+from .backend import Refusals, choose, forward_derivatives, operation, transformed, triton_refusal
 from .checks import check_key_mask
 from .masking import masked_softmax
 

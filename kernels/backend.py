@@ -111,6 +111,11 @@ def functional_derivatives() -> bool:
     return any(level.key() == TransformType.Grad for level in retrieve_all_functorch_interpreters())
 
 
+def transformed() -> int:
+    """Under how many transforms of `torch.func` this runs."""
+    return len(retrieve_all_functorch_interpreters())
+
+
 def _first(refusals: Mapping[Backend, str]) -> Backend:
     if _forced is not None and _forced not in refusals:
         return _forced

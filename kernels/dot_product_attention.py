@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import as_autocast
-from ._second_order import transformed, twice_differentiable
-from .backend import Refusals, choose, forced_backend, forward_derivatives, operation, triton_refusal
+from ._second_order import twice_differentiable
+from .backend import (
+    Refusals,
+    choose,
+    forced_backend,
+    forward_derivatives,
+    operation,
+    transformed,
+    triton_refusal,
+)
 from .checks import check_bias, check_dropout, check_key_lengths, check_mask, check_window
 from .masking import band_mask, combine_masks, mask_of_lengths, masked_softmax, resolve_mask
 from .score_bias import DistanceBias, ScoreBias, check_score_bias

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._second_order import transformed
-from .backend import Refusals, choose, forward_derivatives, operation, triton_refusal
+from .backend import Refusals, choose, forward_derivatives, operation, transformed, triton_refusal
 from .masking import mask_of_lengths
 
 _WIDEST = 4096  # units that one program of the kernel normalises

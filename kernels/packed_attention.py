@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ._autocast import as_autocast
-from ._second_order import transformed
-from .backend import Refusals, choose, forward_derivatives, operation
+from .backend import Refusals, choose, forward_derivatives, operation, transformed
 from .checks import check_dropout, check_window
 from .dot_product_attention import (
     Window,

@@ -3,11 +3,15 @@
 The paper's two findings, at a size for minutes. Its figure 1: most of the weight of a trained attention's
 matrix lies in few singular values, so that a matrix of low rank can stand for it. Its figure 3: the loss
 falls with k, and nears that of full attention. All trainings see the same text, masks and steps.
+
+The length is projected by a convolution, one of the kinds that section 4 of the paper names, whose places
+stay beside each other. One more training has the free matrix of the paper's tables, whose every row mixes all
+places: in trials at this size it did not come to tell a token by those beside it.
 """
 
 from typing import TYPE_CHECKING
 
-from .bert_mlm import TEXT, below_the_unigram, data, unigram
+from .bert_mlm import LENGTH, TEXT, VOCAB_SIZE, below_the_unigram, data, unigram
 from .recipe import Arm, Claim, Metric, Outcome, Recipe, register
 from .settings import TextSettings
 
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-OWN, FULL = 64, "full attention"
-LENGTH, VOCAB_SIZE = 128, 4000
-ARMS = {f"k={rank}": Arm(model={"rank": rank}) for rank in (8, 16, 32)}
+OWN, FULL = 16, "full attention"
+ARMS = {f"k={rank}": Arm(model={"rank": rank}) for rank in (4, 8)}
+ARMS[f"k={OWN} free matrix"] = Arm(model={"projection": "linear"})
 ARMS[FULL] = Arm(model={"attention": "MultiHeadAttention"})
 
 
@@ -40,7 +44,7 @@ def loss_over_the_rank(outcome: Outcome) -> "Figure":
     """The test's loss at each k; full attention's is the dotted line."""
     from ..viz import plot_lines
 
-    losses = {int(name[2:]): outcome.mean("loss", name) for name in outcome.arms if name != FULL}
+    losses = {int(name[2:]): outcome.mean("loss", name) for name in outcome.arms if name[2:].isdecimal()}
     losses[OWN] = outcome.mean("loss")
     name, level = "Linformer", outcome.mean("loss", FULL)
     return plot_lines(
@@ -73,28 +77,35 @@ LINFORMER_MLM = register(
         title="A small Linformer tells masked tokens, over its rank and beside full attention",
         paper="Wang et al. Linformer: Self-Attention with Linear Complexity. arXiv:2006.04768, 2020.",
         model="linformer_small",
-        model_options={"rank": OWN, "dropout": 0.0, "attention_dropout": 0.0, "std": 0.088},
+        model_options={
+            "vocab_size": VOCAB_SIZE,
+            "max_length": LENGTH,
+            "rank": OWN,
+            "projection": "conv",
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
         data=data,
         task=task,
         settings=TextSettings(
             epochs=8,
-            learning_rate=5e-4,
-            batch_size=8,
+            learning_rate=1e-3,
+            batch_size=32,
             weight_decay=0.01,
             warmup_epochs=1,
             gradient_clip=1.0,
             threads=1,
             length=LENGTH,
             vocab_size=VOCAB_SIZE,
-            batches=300,
+            batches=500,
         ),
         metric=Metric(
             name=f"cross entropy of masked tokens at k = {OWN}",
             key="loss",
             unit="nats",
-            bar=6.4,
+            bar=3.32,
             higher_is_better=False,
-            source="set before the first run on the test, after trials on the validation part",
+            source="that of `bert_mlm` on the same tokens; after trials on the validation part",
         ),
         arms=ARMS,
         baselines={"unigram": unigram},
@@ -110,16 +121,16 @@ LINFORMER_MLM = register(
             Claim(
                 name=f"cross entropy at k = {OWN} below the unigram's",
                 unit="%",
-                bar=5.0,
-                source="set before the first run on the test, after trials on the validation part",
+                bar=40.0,
+                source="that of `bert_mlm`; after trials on the validation part",
                 value=below_the_unigram,
             ),
             Claim(
-                name=f"cross entropy that is gained from k = 8 to k = {OWN}",
+                name=f"cross entropy that is gained from k = 4 to k = {OWN}",
                 unit="nats",
                 bar=0.0,
                 source="set before the first run: the direction of the paper's figure 3",
-                value=lambda found: found.mean("loss", "k=8") - found.mean("loss"),
+                value=lambda found: found.mean("loss", "k=4") - found.mean("loss"),
             ),
             Claim(
                 name="share of the largest n / 4 singular values of full attention's matrices",
@@ -139,8 +150,8 @@ LINFORMER_MLM = register(
         data_format=TEXT,
         bar_with_data=True,
         notes="The paper pre-trains RoBERTa's base model on 3.3 billion words; here two blocks of 128 see "
-        "the Penn Treebank's million for minutes, in texts of n = 128. Nothing is dropped; matrices start "
-        "with a deviation of 1 / √dim, a choice from trials in texts of n = 32. Of the singular values the "
+        "Multi30k's English captions for minutes, in texts of n = 32, without dropout: in a trial with texts "
+        "of 64 full attention itself was 9 % below the unigram after 3,000 steps. Of the singular values the "
         "largest quarter counts, which is the paper's 128 of 512.",
     )
 )

@@ -133,6 +133,94 @@ def test_on_a_cpu_a_few_heads_at_a_time_are_all_of_them(cells, monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
+IN_CHUNKS = [options for options in OPTIONS if "deduplicate" not in options]
+IN_CHUNKS += [
+    {"circular": True, "look_ahead": 1},
+    {"same_bucket": True},
+    {"circular": True, "same_bucket": True},
+]
+
+
+def on_both_paths(query_key, value, buckets, **options) -> list[tuple[Tensor, ...]]:
+    """Outputs and gradients on a CPU's path, and the definition's."""
+    cotangent, outcomes = torch.randn_like(value), []
+    for backend in "torch", "reference":
+        with use_backend(backend):
+            out = lsh_attention(query_key, value, buckets, **options)
+        outcomes.append((out, *torch.autograd.grad(out, (query_key, value), cotangent)))
+    assert outcomes[1][0].grad_fn.name() != "_AttendBackward"
+    return outcomes
+
+
+@pytest.mark.parametrize("options", IN_CHUNKS, ids=str)
+@given(
+    seed=seeds,
+    length=lengths,
+    chunk_size=st.integers(1, 15),
+    rounds=st.integers(1, 4),
+    cells=st.integers(1, 300),
+)
+def test_in_chunks_is_the_definition_with_gradients(options, seed, length, chunk_size, rounds, cells):
+    torch.manual_seed(seed)
+    query_key, value, buckets = draw(2, 2, length, 3, rounds=rounds)
+    whole = _lsh_chunks.CELLS
+    _lsh_chunks.CELLS = cells
+    try:
+        found, expected = on_both_paths(
+            query_key,
+            value,
+            buckets,
+            num_buckets=4,
+            chunk_size=chunk_size,
+            key_mask=torch.rand(2, length) < 0.8,
+            **options,
+        )
+    finally:
+        _lsh_chunks.CELLS = whole
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 30.0, 1e4])
+def test_in_chunks_scores_of_any_size(size, is_causal):
+    """e^x is not taken far below 0, where it takes long, and what a query does not see may score highest."""
+    query_key, value, buckets = draw(2, 3, 40, 8)
+    options = {"num_buckets": 4, "chunk_size": 8, "is_causal": is_causal}
+    large = (query_key * size).detach()
+    for dtype, tolerance in (torch.float64, 1e-12), (torch.float32, 1e-5):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (large, value)]
+        found, expected = on_both_paths(*inputs, buckets, **options)
+        for mine, its in zip(found, expected, strict=True):
+            # Where a token sees one other alone, gradients are differences of numbers of order one.
+            scale = max(1.0, its.abs().max().item())
+            torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_in_chunks_takes_what_it_can():
+    query_key, value, buckets = draw(2, 3, 11, 5)
+    options = {"num_buckets": 4, "chunk_size": 4}
+
+    def node(*inputs, **more):
+        return lsh_attention(*inputs, buckets, **options, **more).grad_fn.name()
+
+    assert node(query_key, value) == "_AttendBackward"
+    assert node(query_key.detach(), value) == "_AttendBackward"
+    for more in {"dropout": 0.1}, {"deduplicate": True}, {"circular": True, "look_back": 9}:
+        assert node(query_key, value, **more) != "_AttendBackward"
+    half = [t.detach().bfloat16().requires_grad_() for t in (query_key, value)]
+    assert node(*half) != "_AttendBackward"
+    assert not lsh_attention(query_key.detach(), value.detach(), buckets, **options).requires_grad
+
+
+def test_in_chunks_keeps_nothing_after_the_backward_pass():
+    query_key, value, buckets = draw(1, 2, 64, 4)
+    out = lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=16)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
 def test_no_batch_and_no_heads_on_a_cpu(shape):
     query_key, value, buckets = draw(*shape, 11, 5)

@@ -152,7 +152,7 @@ LINFORMER_MLM = register(
         notes="The paper pre-trains RoBERTa's base model on 3.3 billion words; here two blocks of 128 see "
         "Multi30k's English captions for minutes, in texts of n = 32, without dropout: in a trial with texts "
         "of 64 full attention itself was 9 % below the unigram after 3,000 steps. A first run, of 4,000 "
-        "steps, gave 3.43 nats at k = 16, above the bar; there are 6,000 since. Of the singular values the largest "
-        "quarter counts, which is the paper's 128 of 512.",
+        "steps, gave 3.43 nats at k = 16, above the bar; there are 6,000 since. Of the singular values the "
+        "largest quarter counts, which is the paper's 128 of 512.",
     )
 )

@@ -181,6 +181,16 @@ def test_in_chunks_is_the_definition_with_gradients(options, seed, length, chunk
         torch.testing.assert_close(mine, its)
 
 
+@pytest.mark.parametrize("options", IN_CHUNKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_chunks_is_as_exact_as_the_definition(options, dtype, compare):
+    query_key, value, buckets = draw(2, 3, 41, 8, dtype=dtype)
+    options = {**options, "num_buckets": 4, "chunk_size": 7, "key_mask": masked(2, 41)}
+    compare(
+        lambda *inputs: lsh_attention(*inputs, buckets, **options), [query_key, value], "torch", terms=4.0
+    )
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size", [1e-6, 30.0, 1e4])
 def test_in_chunks_scores_of_any_size(size, is_causal):

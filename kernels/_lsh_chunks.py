@@ -34,6 +34,7 @@ EXACT = {torch.float32: 2**24, torch.float64: 2**53}
 
 
 def heads_at_once(length: int, options: Options) -> int:
+    """How many have no more than `CELLS` scores in a round."""
     reach = options.chunk_size * (options.look_back + 1 + options.look_ahead)
     return max(1, CELLS // max(1, length * min(reach, length)))
 
@@ -166,11 +167,9 @@ class _Rounds:
 
     def __init__(self, tokens: _Tokens, heads: slice) -> None:
         self.options, self.length = tokens.options, tokens.length
-        query, key, value = tokens.query[heads], tokens.key[heads], tokens.value[heads]
-        self.table, self.widths = (
-            torch.cat([query, key, value], -1).flatten(0, 1),
-            [t.shape[2] for t in (query, key, value)],
-        )
+        each = tokens.query[heads], tokens.key[heads], tokens.value[heads]
+        self.table = torch.cat(each, -1).flatten(0, 1)  # a row for each token
+        self.widths = [t.shape[2] for t in each]
         order = tokens.order[heads]
         self.groups, self.n_rounds, _ = order.shape
         self.first = self.length * torch.arange(self.groups).view(-1, 1)

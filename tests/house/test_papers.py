@@ -24,7 +24,6 @@ LACKS = {
     "linformer": {
         "a result of linformer_speed",
         "a result of linformer_speed_gpu",
-        "a result of swap_attention",
     },
     "recurrent_classifier": {
         "docs/papers/recurrent_classifier.md",

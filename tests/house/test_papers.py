@@ -32,7 +32,6 @@ LACKS = {
         "a result of reformer_duplication_gpu",
         "a result of reformer_memory_gpu",
     },
-    "transformer": {"a result of transformer_translation"},
     "vit": {"docs/papers/vit.md", "docs/notebooks/vit.ipynb"},
 }
 

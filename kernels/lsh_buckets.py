@@ -2,7 +2,7 @@
 
     bucket[r, i] = argmax([x[i] R[r]; -x[i] R[r]])
 
-The definition is one matrix product, and the maximum and minimum of its rows. The kernel takes the maximum of
+The definition is a matrix product, and the maximum and minimum of its rows. The kernel takes the maximum of
 a tile of products where they come up, and writes none of them.
 """
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ._autocast import no_autocast
 from .backend import Refusals, choose, operation, triton_refusal
+
+TURNED = 2**19  # numbers that a CPU hashes at a time, 2 MB of them
 
 
 def _refusals(query_key: Tensor, rotations: Tensor, **options: Any) -> Refusals:
@@ -79,14 +81,21 @@ def lsh_buckets_reference(query_key: Tensor, rotations: Tensor, factors: Sequenc
     """The definition, in PyTorch: what the kernel is tested against, and the path on a CPU."""
     batch, heads, length, _ = query_key.shape
     rounds, columns = rotations.shape[-2:]
-    buckets = torch.zeros(batch, heads, rounds, length, dtype=torch.int64, device=query_key.device)
-    turned = (query_key @ rotations.flatten(2)).view(batch, heads, length, rounds, columns)
-    stride = 1
-    for n, part in zip(factors, turned.split([n // 2 for n in factors], dim=-1), strict=True):
-        if n > 1:
-            buckets = buckets + stride * _largest(part).transpose(2, 3)
-            stride = stride * n
-    return buckets
+    at_once = max(length, 1)
+    if query_key.is_cpu and not torch.compiler.is_compiling():
+        # A few tokens, as memory in one large piece is asked of the system, page by page, at each call.
+        at_once = max(1, TURNED // max(1, batch * heads * rounds * columns))
+    found = []
+    for tokens in query_key.split(at_once, dim=2):
+        turned = (tokens @ rotations.flatten(2)).view(*tokens.shape[:3], rounds, columns)
+        buckets = torch.zeros(turned.shape[:-1], dtype=torch.int64, device=turned.device)
+        stride = 1
+        for n, part in zip(factors, turned.split([n // 2 for n in factors], dim=-1), strict=True):
+            if n > 1:
+                buckets = buckets + stride * _largest(part)
+                stride = stride * n
+        found.append(buckets)
+    return torch.cat(found, 2).transpose(2, 3).contiguous()
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from .settings import (
 )
 from .swap_attention import SWAP_ATTENTION
 from .transformer_copy import TRANSFORMER_COPY
-from .transformer_translation import TRANSFORMER_TRANSLATION
+from .transformer_translation import TRANSFORMER_TRANSLATION, TRANSFORMER_TRANSLATION_GPU
 from .vit_digits import VIT_DIGITS
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "SWAP_ATTENTION",
     "TRANSFORMER_COPY",
     "TRANSFORMER_TRANSLATION",
+    "TRANSFORMER_TRANSLATION_GPU",
     "VIT_DIGITS",
     "Arm",
     "Bar",

@@ -32,6 +32,7 @@ LACKS = {
         "a result of reformer_duplication_gpu",
         "a result of reformer_memory_gpu",
     },
+    "transformer": {"a result of transformer_translation_gpu"},
     "vit": {"docs/papers/vit.md", "docs/notebooks/vit.ipynb"},
 }
 

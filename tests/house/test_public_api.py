@@ -151,6 +151,7 @@ PUBLIC = {
         "SWAP_ATTENTION",
         "TRANSFORMER_COPY",
         "TRANSFORMER_TRANSLATION",
+        "TRANSFORMER_TRANSLATION_GPU",
         "VIT_DIGITS",
         "Arm",
         "Bar",

@@ -1,5 +1,7 @@
 """Angular hashing: its definition, and what a hash of directions keeps."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,26 @@ def test_is_the_formula(num_buckets, shared):
         stride, at = stride * n, at + n // 2
     assert buckets.dtype == torch.int64
     assert np.array_equal(buckets, expected)
+
+
+@pytest.mark.parametrize("numbers", [1, 2 * 3 * 7 * 9 * 4, 2**19])
+def test_a_few_tokens_at_a_time_are_all_of_them(numbers, monkeypatch):
+    x, rotations = torch.randn(2, 3, 11, 5).double(), torch.randn(3, 5, 7, 9).double()
+    expected = lsh_buckets(x, rotations, num_buckets=18)
+    monkeypatch.setattr(sys.modules["lamina.kernels.lsh_buckets"], "TURNED", numbers)
+    assert torch.equal(lsh_buckets(x, rotations, num_buckets=18), expected)
+
+
+def test_of_equal_ones_the_first_and_always_a_bucket():
+    x, column = torch.randn(1, 1, 50, 5).double(), torch.randn(1, 5, 1, 1).double()
+    x[:, :, 7] = 0
+    rotations = torch.cat([column, -column, column, 0 * column], -1)
+    turned = (x[0, 0] @ rotations[0, :, 0]).numpy()
+    expected = np.concatenate([turned, -turned], -1).argmax(-1)
+    assert np.array_equal(lsh_buckets(x, rotations, num_buckets=8)[0, 0, 0], expected)
+    assert set(expected) == {0, 1}
+    x[:, :, 3] = torch.nan
+    assert 0 <= lsh_buckets(x, rotations, num_buckets=8)[0, 0, 0, 3] < 8
 
 
 @given(seed=seeds, factor=st.floats(1e-3, 1e3))

@@ -271,3 +271,14 @@ def test_a_result_to_commit_is_one_with_data(tmp_path):
         assert plan.description["is_default"] == is_default
     lstm = get_recipe("lstm_digits")
     assert Plan(recipe=lstm, settings=lstm.settings).description["is_default"]
+
+
+def test_the_recipe_for_a_gpu_trains_the_papers_base_model():
+    recipe, small = get_recipe("transformer_translation_gpu"), get_recipe("transformer_translation")
+    model = create_model(recipe.model, **recipe.model_options, device="meta")
+    assert (model.config.dim, model.config.encoder_depth, model.config.hidden_dim) == (512, 6, 2048)
+    assert model.config.vocab_size == recipe.settings.vocab_size
+    # The peak of the paper's schedule: 512^-0.5 times 4000^-0.5.
+    assert recipe.settings.learning_rate == pytest.approx((512 * 4000) ** -0.5, rel=0.01)
+    assert recipe.metric.bar > small.metric.bar
+    assert (recipe.metric.key, recipe.data, recipe.task) == (small.metric.key, small.data, small.task)

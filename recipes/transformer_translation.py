@@ -87,8 +87,15 @@ TRANSFORMER_TRANSLATION_GPU = register(
         title="The paper's base Transformer translates English into German, on a GPU",
         model="transformer_base",
         model_options={"vocab_size": 8000, "dropout": 0.3},
-        settings=replace(
-            TRANSFORMER_TRANSLATION.settings, epochs=40, learning_rate=7e-4, warmup_steps=1000, tokens=8192
+        settings=TranslationSettings(
+            epochs=40,
+            learning_rate=7e-4,
+            warmup_steps=1000,
+            label_smoothing=0.1,
+            average_last=5,
+            num_beams=4,
+            tokens=8192,
+            vocab_size=8000,
         ),
         metric=replace(TRANSFORMER_TRANSLATION.metric, bar=36.0),
         seeds=(1, 2, 3),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ._score_tiles import wide_dtype
 
-# Numbers of a tile, 4 MB of them. One thread is as fast with 2^19; two are with 2^20, as each waits for the
-# other after every operation on a tile: 12 ms for 41 million tanh, 19 ms with 2^18, 28 ms with 2^17.
+# Numbers of a tile, 4 MB of them. One thread would be as fast with fewer; several wait for each other after
+# every operation on a tile, and then take longer.
 CELLS = 2**20
 
 # Below this sum of the largest numbers tanh are small, and above the other A B is near float32's end.

@@ -30,7 +30,7 @@ def sampled_by_bags(value: Tensor, sizes: Sequence[int], locations: Tensor, weig
     out = torch.zeros(batch, weights.shape[1], heads, dim, dtype=dtype, device=value.device)
     if value.numel() and weights.numel():
         table = value.reshape(-1, dim).to(dtype)
-        for levels in _together(_levels(sizes), weights):
+        for levels in _together(sizes, weights):
             samples = _Samples(value, levels, locations[:, :, :, levels.which].to(dtype))
             shares = samples.shares(weights[:, :, :, levels.which].to(dtype))
             out += _bags(table, samples.rows.flatten(), samples.bag_starts(), shares.flatten()).view_as(out)
@@ -52,7 +52,7 @@ def _bags_backward(
     of_levels = []
     if value.numel() and weights.numel():
         table, grad = value.reshape(-1, dim).to(dtype), grad.reshape(-1, dim).to(dtype)
-        for levels in _together(_levels(sizes), weights):
+        for levels in _together(sizes, weights):
             at = (slice(None),) * 3 + (levels.which,)
             samples = _Samples(value, levels, locations[at].to(dtype))
             weight = weights[at].to(dtype)
@@ -209,8 +209,8 @@ def _bags(table: Tensor, rows: Tensor, starts: Tensor, shares: Tensor) -> Tensor
 def _products(table: Tensor, samples: _Samples, grad: Tensor) -> Tensor:
     """The dot product of each row with the gradient of the output that it went to.
 
-    Rows are gathered a few bags at a time. PyTorch's own routine for this, a dot product a row, takes more
-    than twice as long.
+    Rows are gathered a few bags at a time. PyTorch's own routine for this makes a dot product a row, and is
+    slower for bags of many rows.
     """
     rows, size, dim = samples.rows.flatten(), samples.bag_size, table.shape[1]
     count = max(1, min(len(grad), GATHERED // (size * dim)))
@@ -242,9 +242,9 @@ def _levels(sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         start += height * width
 
 
-def _together(levels: Iterator[tuple[int, int, int]], weights: Tensor) -> Iterator[_Levels]:
+def _together(sizes: Sequence[int], weights: Tensor) -> Iterator[_Levels]:
     """All levels, one or more at a time, up to `ROWS`."""
-    starts, heights, widths = (list(numbers) for numbers in zip(*levels, strict=True))
+    starts, heights, widths = (list(numbers) for numbers in zip(*_levels(sizes), strict=True))
     per_level = max(4 * weights.numel() // max(len(starts), 1), 1)
     count = max(ROWS // per_level, 1)
     for first in range(0, len(starts), count):

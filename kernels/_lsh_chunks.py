@@ -4,9 +4,9 @@ A round's tokens are gathered once, in the round's order. The keys of a chunk ar
 gathered, which no one copies where the windows are of one head, and a gradient goes back by the inverse order
 instead of being scattered.
 
-What a query does not see is told by numbers 0 and 1 that scores are added to and multiplied by, as filling by
-a mask that follows no pattern takes a CPU some forty times as long. And no power is taken of less than -80,
-which e^x takes five to twenty times as long for: beside the 1 that each sum has, e^-80 is nothing.
+What a query does not see is told by numbers 0 and 1 that scores are added to and multiplied by: a CPU takes
+far longer to fill by a mask that follows no pattern. And no power is taken of less than -80, where e^x takes
+far longer too: beside the 1 that each sum has, e^-80 is nothing.
 
 With s the scores, P a round's exp(s - peak), f what the softmax over all rounds makes of them, and g the
 output's gradient, the gradient of s is
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._lsh_rounds import Options, inverse, shares
+from ._lsh_rounds import Options, inverse, inverse_size, numbered, shares, taking_part
 from .backend import forward_derivatives, transformed
 
 # Scores of a round that are taken at a time, 2 MB of them.
@@ -70,17 +70,8 @@ def attend_in_chunks(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query_key: Tensor,
-        value: Tensor,
-        order: Tensor,
-        labels: Tensor,
-        key_mask: Tensor | None,
-        options: Options,
-    ) -> Tensor:
-        tokens = _Tokens(query_key, value, order, labels, key_mask, options)
-        keeps = any(ctx.needs_input_grad)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        tokens, keeps = _Tokens(*inputs), any(ctx.needs_input_grad)
         out = torch.empty_like(tokens.value)
         kept = [
             _forward(_Rounds(tokens, heads), tokens.value[heads], keeps, out[heads])
@@ -88,11 +79,11 @@ class _Attend(torch.autograd.Function):
         ]
         if tokens.hidden is not None:
             out.masked_fill_(tokens.hidden.unsqueeze(-1), 0.0)
-        out = out.view_as(value)
+        *tensors, ctx.options = inputs
+        out = out.view_as(tensors[1])
         if keeps:
-            ctx.options = options
             flat = [t for weights in kept for t in (*weights.powers, *weights.shares, weights.alone)]
-            ctx.save_for_backward(query_key, value, order, labels, key_mask, out, *flat)
+            ctx.save_for_backward(*tensors, out, *flat)
         return out
 
     @staticmethod
@@ -127,18 +118,14 @@ class _Tokens:
         options: Options,
     ) -> None:
         self.query, self.value = query_key.flatten(0, 1), value.flatten(0, 1)
-        self.order, self.labels = order.flatten(0, 1), labels.flatten(0, 1)
+        self.order, self.here = order.flatten(0, 1), taking_part(order, key_mask).flatten(0, 1)
+        self.labels = numbered(labels).flatten(0, 1) if options.same_bucket else None
         self.length, dim = self.query.shape[1:]
         self.options = options._replace(chunk_size=max(1, min(options.chunk_size, self.length)))
-        self.inverse = (self.query.square().mean(-1, keepdim=True) + 1e-6).rsqrt_()
+        self.inverse = inverse_size(self.query)
         self.factor = self.inverse * (options.scale * dim**-0.5)
         self.key = self.query * self.factor
-        self.hidden, self.here = None, self.order  # `length` stands for: nothing is here that takes part
-        if key_mask is not None:
-            key_mask = key_mask.repeat_interleave(query_key.shape[1], 0)
-            self.hidden = ~key_mask
-            behind = torch.arange(self.length) >= key_mask.sum(-1).view(-1, 1, 1)
-            self.here = self.order.masked_fill(behind, self.length)
+        self.hidden = None if key_mask is None else ~key_mask.repeat_interleave(query_key.shape[1], 0)
 
     def groups(self) -> Iterator[slice]:
         """A few heads at a time: a third is gained by scores that stay in a cache."""
@@ -177,11 +164,8 @@ class _Rounds:
         self.count = math.ceil(self.length / self.options.chunk_size)
         short = self.count * self.options.chunk_size - self.length
         self.here = F.pad(tokens.here[heads], (0, short), value=self.length)
-        self.labels: Tensor | None = None
+        self.labels = None if tokens.labels is None else F.pad(tokens.labels[heads], (0, short), value=-1)
         self.memory: tuple[Tensor, Tensor] | None = None
-        if self.options.same_bucket:
-            labels = tokens.labels[heads].long() * self.n_rounds + torch.arange(self.n_rounds).unsqueeze(-1)
-            self.labels = F.pad(labels, (0, short), value=-1)
 
     def around(self, x: Tensor, r: int, filler: int) -> Tensor:
         """Of (G, R, n c) a round, and what stands before and behind it: (G, E)."""

@@ -95,15 +95,11 @@ def rounds(
     size = options.chunk_size
     count = (length + size - 1) // size
     places = inverse(order)
-    here = order  # `length` stands for: nothing is here that takes part
-    if key_mask is not None:
-        real = key_mask.sum(-1)[:, None, None, None]
-        here = order.masked_fill(torch.arange(length, device=order.device) >= real, length)
-    tokens = _chunked(here, count, size, filler=length)
+    tokens = _chunked(taking_part(order, key_mask), count, size, filler=length)
     seen = _beside(tokens, options).masked_fill(~_in_reach(n_rounds, count, options, order.device), length)
     ids = None
-    if options.same_bucket:  # a bucket of another round is another bucket
-        labels = labels.long() * n_rounds + torch.arange(n_rounds, device=order.device).unsqueeze(-1)
+    if options.same_bucket:
+        labels = numbered(labels)
         ids = labels.gather(-1, places)
         labels = _chunked(labels, count, size, filler=-1)
         around = _beside(labels, options)
@@ -141,6 +137,21 @@ def shares(peaks: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[tuple[Tenso
     return (factors / total.masked_fill(alone, 1.0)).unbind(0), alone
 
 
+def taking_part(order: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The order, (B, H, R, L), with `L` in the place of each token that takes no part: those stand last."""
+    if key_mask is None:
+        return order
+    length = order.shape[3]
+    real = key_mask.sum(-1)[:, None, None, None]
+    return order.masked_fill(torch.arange(length, device=order.device) >= real, length)
+
+
+def numbered(labels: Tensor) -> Tensor:
+    """Buckets (B, H, R, L), by numbers of which none is of two rounds: a bucket of another is another one."""
+    n_rounds = labels.shape[2]
+    return labels.long() * n_rounds + torch.arange(n_rounds, device=labels.device).unsqueeze(-1)
+
+
 def inverse(order: Tensor) -> Tensor:
     """Where in each round each token stands."""
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -150,8 +161,12 @@ def inverse(order: Tensor) -> Tensor:
 def _unit(query_key: Tensor, scale: float) -> Tensor:
     """The keys: unit vectors, times the scale. In float32, as 1e-6 is nothing in float16."""
     wide = query_key.to(torch.promote_types(query_key.dtype, torch.float32))
-    inverse = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    return (wide * (inverse * (scale * query_key.shape[-1] ** -0.5))).to(query_key.dtype)
+    return (wide * (inverse_size(wide) * (scale * query_key.shape[-1] ** -0.5))).to(query_key.dtype)
+
+
+def inverse_size(x: Tensor) -> Tensor:
+    """√D / |x|, of the length that never is zero."""
+    return (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def _chunked(x: Tensor, count: int, size: int, filler: int) -> Tensor:

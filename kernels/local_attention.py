@@ -147,7 +147,7 @@ def _torch_path(
     before, behind = look_back * window, (count + look_ahead) * window - length
 
     def around(x: Tensor) -> Tensor:
-        """(B, H, L, D) as (B n, H, w, D). The backward pass of `unfold` would take several times as long."""
+        """(B, H, L, D) as (B n, H, w, D). `unfold` would have a slower backward pass."""
         chunks = F.pad(x, (0, 0, before, behind)).unflatten(2, (-1, window)).transpose(1, 2)
         steps = range(look_back + 1 + look_ahead)
         return torch.cat([chunks[:, step : step + count] for step in steps], 3).flatten(0, 1)

@@ -72,7 +72,7 @@ def lsh_attention(
     backward pass the definition keeps O(R L (w + D)), the kernels O(R L + L D), and O(R L D) for as long as a
     pass runs. Without one the definition needs O(L w + R L D). Twice differentiable, the buckets taken as
     given, every path through the definition; a forward-mode derivative takes the definition. Every path is
-    deterministic: of a token's gradients in a round all come from one program, without atomics.
+    deterministic: of a token's gradients in a round all come from one kernel's program, without atomics.
 
     Args:
         query_key: (B, H, L, D), at once the queries and, brought to unit length, the keys.

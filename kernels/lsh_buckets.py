@@ -99,7 +99,10 @@ def lsh_buckets_reference(query_key: Tensor, rotations: Tensor, factors: Sequenc
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Where in [x, -x] the largest stands, the first of equal ones. `max` does without vectors for places."""
+    """Where in [x, -x] the largest stands, the first of equal ones.
+
+    By comparing all with it: a `max` that tells the place goes through one number at a time on a CPU.
+    """
     half = x.shape[-1]
     top = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     from_behind = torch.arange(half, 0, -1, dtype=x.dtype, device=x.device)

@@ -45,6 +45,17 @@ def attention_to_the_source(outcome: Outcome) -> "Figure":
     return translator.picture(str(data.tokenizer.decode(source)))
 
 
+SETTINGS = TranslationSettings(
+    epochs=16,
+    learning_rate=1.4e-3,
+    warmup_steps=800,
+    label_smoothing=0.1,
+    average_last=5,
+    num_beams=4,
+    tokens=2048,
+    vocab_size=8000,
+)
+
 TRANSFORMER_TRANSLATION = register(
     Recipe(
         name="transformer_translation",
@@ -53,16 +64,7 @@ TRANSFORMER_TRANSLATION = register(
         model="transformer_small",
         data=data,
         task=task,
-        settings=TranslationSettings(
-            epochs=16,
-            learning_rate=1.4e-3,
-            warmup_steps=800,
-            label_smoothing=0.1,
-            average_last=5,
-            num_beams=4,
-            tokens=2048,
-            vocab_size=8000,
-        ),
+        settings=SETTINGS,
         metric=Metric(
             name="BLEU on Multi30k's test of 2016",
             key="bleu",
@@ -86,17 +88,8 @@ TRANSFORMER_TRANSLATION_GPU = register(
         name="transformer_translation_gpu",
         title="The paper's base Transformer translates English into German, on a GPU",
         model="transformer_base",
-        model_options={"vocab_size": 8000, "dropout": 0.3},
-        settings=TranslationSettings(
-            epochs=40,
-            learning_rate=7e-4,
-            warmup_steps=1000,
-            label_smoothing=0.1,
-            average_last=5,
-            num_beams=4,
-            tokens=8192,
-            vocab_size=8000,
-        ),
+        model_options={"vocab_size": SETTINGS.vocab_size, "dropout": 0.3},
+        settings=replace(SETTINGS, epochs=40, learning_rate=7e-4, warmup_steps=1000, tokens=8192),
         metric=replace(TRANSFORMER_TRANSLATION.metric, bar=36.0),
         seeds=(1, 2, 3),
         notes="The peak of the learning rate is the paper's; dropout is that of its big model, as there is "

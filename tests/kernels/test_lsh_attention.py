@@ -221,11 +221,23 @@ def test_in_chunks_takes_what_it_can():
     half = [t.detach().bfloat16().requires_grad_() for t in (query_key, value)]
     assert node(*half) != "_AttendBackward"
     assert not lsh_attention(query_key.detach(), value.detach(), buckets, **options).requires_grad
+    many = options | {"num_buckets": 2**24, "same_bucket": True}  # float32 does not tell them apart
+    single = [t.detach().float().requires_grad_() for t in (query_key, value)]
+    assert lsh_attention(*single, buckets, **many).grad_fn.name() != "_AttendBackward"
+    assert lsh_attention(query_key, value, buckets, **many).grad_fn.name() == "_AttendBackward"
 
 
-def test_in_chunks_keeps_nothing_after_the_backward_pass():
+def test_in_chunks_weights_are_saved_where_autograd_frees_them():
     query_key, value, buckets = draw(1, 2, 64, 4)
-    out = lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=16)
+    saved = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=16)
+    assert saved.count((2 * 4, 16, 32)) == 3  # of each round
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()

@@ -5,6 +5,10 @@
     transformers       `ReformerModelWithLMHead`, with its default feed-forward networks of 512
     reformer_pytorch   `ReformerLM`, with its default of four times the width, not cut into chunks here
 
+Decoding is beside transformers' without its cache, so that both read all tokens again at each step: with it a
+step takes less, but gives other tokens than the whole pass does. reformer-pytorch's has none, and needs whole
+pairs of chunks.
+
 Each pays for its own hashing, and is then given our buckets: float32 hashes near a tie differ. The peers
 leave a token itself out by a score of -1e5 and -5e4, which costs float32 up to 0.75 % of a row; here it is
 -1e3, which leaves it out as well, so that the outputs are equal.
@@ -14,6 +18,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lamina.blocks import greedy_search
 from lamina.layers import LSHAttention
 from lamina.layers._heads import split_heads
 from lamina.models import Reformer, ReformerConfig
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [4096, 16384, 65536] if DEVICE == "cuda" else [1024, 4096, 8192]
 DIM, HEADS, VOCABULARY, CHUNK, ROUNDS, SELF = 256, 4, 256, 64, 4, -1e3
+WRITTEN = 8
 
 
 def paying(hashing: Callable[..., Tensor], buckets: Tensor) -> Callable[..., Tensor]:
@@ -35,15 +41,20 @@ def paying(hashing: Callable[..., Tensor], buckets: Tensor) -> Callable[..., Ten
     return run
 
 
-def our_buckets(model: Reformer, ids: Tensor) -> list[Tensor]:
-    """Of each hashed layer, (B, H, R L), as the peers number them: one of another round is another."""
+def our_buckets(model: Reformer, ids: Tensor, *, padding: int = 0) -> list[Tensor]:
+    """Of each hashed layer, (B, H, R L), as the peers number them: one of another round is another.
+
+    With padding there is one more in each round, for the tokens that are put behind.
+    """
     found: list[Tensor] = []
 
     def look(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
         query_key = split_heads(layer.query_key(args[0]), layer.num_heads)
         buckets, options = layer._hash(query_key, None)
         rounds = torch.arange(ROUNDS, device=buckets.device)[:, None]
-        found.append((buckets + options["num_buckets"] * rounds).flatten(2))
+        n = options["num_buckets"]
+        buckets = nn.functional.pad(buckets, (0, padding), value=n)
+        found.append((buckets + (n + bool(padding)) * rounds).flatten(2))
 
     layers = [m for m in model.modules() if isinstance(m, LSHAttention)]
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
@@ -173,3 +184,41 @@ def bench_reformer(benchmark, benchmark_op, how, peer, length, direction):
         reference=other[0],
         reference_parameters=list(other[1].parameters()) if backward else (),
     )
+
+
+@pytest.mark.parametrize("length", LENGTHS[:2])
+@pytest.mark.parametrize("how", ["lamina", "transformers"])
+def bench_decoding(benchmark, benchmark_op, how, length):
+    benchmark.group = f"Reformer writes {WRITTEN} tokens behind {length}, without a cache"
+    torch.manual_seed(0)
+    prompt = torch.randint(VOCABULARY, (1, length), device=DEVICE)
+    with torch.no_grad():
+        # Positions for what is written, and for what transformers pads to a whole chunk.
+        ours, theirs, _ = transformers(prompt.new_zeros(1, length + 2 * CHUNK))
+        ours.eval()
+        theirs.eval()
+        (layer,) = (m for m in theirs.modules() if hasattr(m, "self_mask_value_float32"))
+        hashing = type(layer)._hash_vectors.__get__(layer)
+
+        def generated(prompt: Tensor) -> Tensor:
+            return ours.generate(prompt, max_length=WRITTEN).best.double()
+
+        whole = torch.cat([prompt, generated(prompt).long()], 1)
+        hashed = {
+            n: our_buckets(ours, whole[:, :n], padding=-n % CHUNK)[0] for n in range(length, length + WRITTEN)
+        }
+
+        def their_generated(prompt: Tensor) -> Tensor:
+            read = prompt[:, :0]
+
+            def decoding(tokens: Tensor) -> Tensor:
+                nonlocal read
+                read = torch.cat([read, tokens], 1)
+                layer._hash_vectors = paying(hashing, hashed[read.shape[1]])
+                return theirs(read, use_cache=False).logits[:, -1]
+
+            found = greedy_search(decoding, prompt, max_length=WRITTEN, end_id=-1, padding_id=0)
+            return found.best.double()
+
+        timed, other = (generated, their_generated) if how == "lamina" else (their_generated, generated)
+        benchmark_op(timed, [prompt], backward=False, reference=other)

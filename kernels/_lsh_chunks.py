@@ -1,12 +1,14 @@
 """LSH attention on a CPU, a few heads at a time, with a backward pass of its own.
 
 A round's tokens are gathered once, in the round's order. The keys of a chunk are then a window of what was
-gathered, which no one copies where the windows are of one head, and a gradient goes back by the inverse order
-instead of being scattered.
+gathered, which no one copies where the windows are of one head. What a token is given, in several rounds and
+windows, is a bag of rows of what the products wrote: nothing is scattered.
 
-What a query does not see is told by numbers 0 and 1 that scores are added to and multiplied by: a CPU takes
-far longer to fill by a mask that follows no pattern. And no power is taken of less than -80, where e^x takes
-far longer too: beside the 1 that each sum has, e^-80 is nothing.
+What a query does not see is told by numbers 0 and 1: a CPU takes far longer to fill by a mask that follows no
+pattern. As keys are unit vectors, a score is not above the size of its query; where no size is large that is
+what comes off the scores, and no maximum is looked for. Else what is not seen is hidden by adding to its
+score, and no power is taken of less than -80, where e^x takes far longer too: beside the 1 that each sum then
+has, e^-80 is nothing.
 
 With s the scores, P a round's exp(s - peak), f what the softmax over all rounds makes of them, and g the
 output's gradient, the gradient of s is
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._lsh_rounds import Options, inverse, inverse_size, numbered, shares, taking_part
 from .backend import forward_derivatives, transformed
@@ -31,6 +34,8 @@ HIDDEN = 1e30  # is taken off what is not seen
 # Of each type the least that a power is taken of, and up to which number every whole one is exact.
 LEAST = {torch.float32: -80.0, torch.float64: -700.0}
 EXACT = {torch.float32: 2**24, torch.float64: 2**53}
+# Up to which score no maximum is needed: e^-60 times a value is far from where numbers end.
+FLAT = 30.0
 
 
 def heads_at_once(length: int, options: Options) -> int:
@@ -72,37 +77,35 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tokens, keeps = _Tokens(*inputs), any(ctx.needs_input_grad)
-        out = torch.empty_like(tokens.value)
-        kept = [
-            _forward(_Rounds(tokens, heads), tokens.value[heads], keeps, out[heads])
-            for heads in tokens.groups()
-        ]
+        value = inputs[1]
+        out = value.new_empty(value.flatten(0, 1).shape)
+        kept = [_forward(_Rounds(tokens, heads), keeps, out[heads]) for heads in tokens.groups()]
         if tokens.hidden is not None:
             out.masked_fill_(tokens.hidden.unsqueeze(-1), 0.0)
         *tensors, ctx.options = inputs
-        out = out.view_as(tensors[1])
+        out = out.view_as(value)
         if keeps:
-            flat = [t for weights in kept for t in (*weights.powers, *weights.shares, weights.alone)]
+            flat = [t for weights in kept for t in (*weights.powers, weights.shares, weights.alone)]
             ctx.save_for_backward(*tensors, out, *flat)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query_key, value, order, labels, key_mask, out, *flat = ctx.saved_tensors
         tokens = _Tokens(query_key, value, order, labels, key_mask, ctx.options)
-        grad = grad.reshape(tokens.value.shape)
+        lost = (grad * out).sum(-1).flatten(0, 1)
+        grad = grad.flatten(0, 1)
         if tokens.hidden is not None:
             grad = grad.masked_fill(tokens.hidden.unsqueeze(-1), 0.0)
-        by_query, by_key, by_value = (t.new_zeros(t.shape) for t in (tokens.query, tokens.key, tokens.value))
-        lost = (grad * out.view_as(grad)).sum(-1, keepdim=True)
-        n = order.shape[2]
+        by_query_key, by_value = torch.empty_like(tokens.query_key), torch.empty_like(grad)
+        each = order.shape[2] + 2
         for k, heads in enumerate(tokens.groups()):
-            *both, alone = flat[k * (2 * n + 1) : (k + 1) * (2 * n + 1)]
-            weights = _Weights(both[:n], both[n:], alone)
-            totals = by_query[heads], by_key[heads], by_value[heads]
-            _backward(_Rounds(tokens, heads), weights, grad[heads], lost[heads], totals)
-        by_query += tokens.through_unit(by_key)
-        return by_query.view_as(query_key), by_value.view_as(value), None, None, None, None
+            *powers, parts, alone = flat[k * each : (k + 1) * each]
+            rounds, weights = _Rounds(tokens, heads), _Weights(powers, parts, alone)
+            by_query, by_key, by_value[heads] = _backward(rounds, weights, grad[heads], lost[heads])
+            torch.add(by_query, tokens.through_unit(by_key, heads), out=by_query_key[heads])
+        return by_query_key.view(query_key.shape), by_value.view(value.shape), None, None, None, None
 
 
 class _Tokens:
@@ -117,59 +120,70 @@ class _Tokens:
         key_mask: Tensor | None,
         options: Options,
     ) -> None:
-        self.query, self.value = query_key.flatten(0, 1), value.flatten(0, 1)
+        self.table = torch.cat([query_key, value], -1).flatten(0, 1)
+        self.length, self.dim = query_key.shape[2:]
+        self.query_key = self.table[..., : self.dim]
         self.order, self.here = order.flatten(0, 1), taking_part(order, key_mask).flatten(0, 1)
         self.labels = numbered(labels).flatten(0, 1) if options.same_bucket else None
-        self.length, dim = self.query.shape[1:]
         self.options = options._replace(chunk_size=max(1, min(options.chunk_size, self.length)))
-        self.inverse = inverse_size(self.query)
-        self.factor = self.inverse * (options.scale * dim**-0.5)
-        self.key = self.query * self.factor
+        self.inverse = inverse_size(self.query_key)
+        self.factor = self.inverse * (options.scale * self.dim**-0.5)  # a key is a query times this
         self.hidden = None if key_mask is None else ~key_mask.repeat_interleave(query_key.shape[1], 0)
 
     def groups(self) -> Iterator[slice]:
         """A few heads at a time: a third is gained by scores that stay in a cache."""
-        heads = len(self.query)
+        heads = len(self.table)
         at_once = min(heads, heads_at_once(self.length, self.options))
         for first in range(0, heads, at_once):
             yield slice(first, min(first + at_once, heads))
 
-    def through_unit(self, by_key: Tensor) -> Tensor:
+    def highest(self, heads: slice) -> Tensor:
+        """What no score of a query is above, (G, L)."""
+        return self.inverse[heads].squeeze(-1).reciprocal() * (abs(self.options.scale) * self.dim**0.5)
+
+    def through_unit(self, by_key: Tensor, heads: slice) -> Tensor:
         """The gradient of the query-keys, given that of the keys, in which it is written."""
-        along = (self.query * by_key).sum(-1, keepdim=True)
-        along *= self.inverse.square() / self.query.shape[2]
-        return by_key.addcmul_(self.query, along, value=-1).mul_(self.factor)
+        query = self.query_key[heads]
+        along = (query * by_key).sum(-1, keepdim=True)
+        along *= self.inverse[heads].square() / self.dim
+        return by_key.addcmul_(query, along, value=-1).mul_(self.factor[heads])
 
 
 class _Weights(NamedTuple):
     """What the backward pass of some heads is given."""
 
     powers: Sequence[Tensor]  # of each round, (G n, c, w)
-    shares: Sequence[Tensor]  # of each round, (G, L)
-    alone: Tensor  # (G, L)
+    shares: Tensor  # (G, L, R)
+    alone: Tensor  # (G, L) of bool
 
 
 class _Rounds:
-    """What the rounds of G heads have in common."""
+    """What the rounds of G heads have in common; n chunks of c tokens, each of which sees w keys."""
 
     def __init__(self, tokens: _Tokens, heads: slice) -> None:
-        self.options, self.length = tokens.options, tokens.length
-        each = tokens.query[heads], tokens.key[heads], tokens.value[heads]
-        self.table = torch.cat(each, -1).flatten(0, 1)  # a row for each token
-        self.widths = [t.shape[2] for t in each]
+        self.options, self.length, self.dim = tokens.options, tokens.length, tokens.dim
+        self.table = tokens.table[heads].flatten(0, 1)  # a row for each token, its query and its value
+        self.factor = tokens.factor[heads].flatten()
+        self.highest = tokens.highest(heads)
         order = tokens.order[heads]
         self.groups, self.n_rounds, _ = order.shape
-        self.first = self.length * torch.arange(self.groups).view(-1, 1)
+        self.group = torch.arange(self.groups).view(-1, 1)
         self.places = inverse(order)
-        self.count = math.ceil(self.length / self.options.chunk_size)
-        short = self.count * self.options.chunk_size - self.length
+        self.size = self.options.chunk_size
+        self.width = self.size * (self.options.look_back + 1 + self.options.look_ahead)
+        self.count = math.ceil(self.length / self.size)
+        short = self.count * self.size - self.length
         self.here = F.pad(tokens.here[heads], (0, short), value=self.length)
         self.labels = None if tokens.labels is None else F.pad(tokens.labels[heads], (0, short), value=-1)
         self.memory: tuple[Tensor, Tensor] | None = None
 
+    def empty(self, places: int, width: int) -> Tensor:
+        """For rows of that width at so many places of each chunk of every round."""
+        return self.table.new_empty(self.n_rounds, self.groups * self.count, places, width)
+
     def around(self, x: Tensor, r: int, filler: int) -> Tensor:
         """Of (G, R, n c) a round, and what stands before and behind it: (G, E)."""
-        size, back, ahead = self.options.chunk_size, self.options.look_back, self.options.look_ahead
+        size, back, ahead = self.size, self.options.look_back, self.options.look_ahead
         if not self.options.circular:
             return F.pad(x[:, r], (back * size, ahead * size), value=filler)
         first, last = r * self.count - back, (r + 1) * self.count + ahead
@@ -178,43 +192,30 @@ class _Rounds:
         return ring[:, chunks].flatten(1)
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """(G, E, ...) of the table; nobody's is any."""
-        at = tokens.clamp_max(self.length - 1).add_(self.first)
-        return self.table.index_select(0, at.flatten()).view(*tokens.shape, -1)
+        """Where in the table (G, E) tokens are; nobody is anybody."""
+        return tokens.clamp_max(self.length - 1).add_(self.length * self.group)
+
+    def gathered(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(G, E, ...) of a table."""
+        return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
     def own(self, x: Tensor) -> Tensor:
         """Of (G, E, ...) the round's own: (G n, c, ...)."""
-        size, back = self.options.chunk_size, self.options.look_back
-        mine = x[:, back * size : (back + self.count) * size]
-        return mine.unflatten(1, (self.count, size)).flatten(0, 1)
+        first = self.options.look_back * self.size
+        mine = x[:, first : first + self.count * self.size]
+        return mine.unflatten(1, (self.count, self.size)).flatten(0, 1)
 
     def windows(self, x: Tensor) -> Tensor:
         """Of (G, E, ...) what each chunk sees: (G n, w, ...)."""
-        size, back, ahead = self.options.chunk_size, self.options.look_back, self.options.look_ahead
-        return x.unfold(1, size * (back + 1 + ahead), size).movedim(-1, 2).flatten(0, 1)
-
-    def folded(self, x: Tensor) -> Tensor:
-        """Of (G n, w, ...) the sum at each place of (G, E, ...)."""
-        size, steps = self.options.chunk_size, self.options.look_back + 1 + self.options.look_ahead
-        x = x.unflatten(0, (self.groups, self.count))
-        total = x.new_zeros(self.groups, (self.count + steps - 1) * size, *x.shape[3:])
-        for step in range(steps):
-            part = total[:, step * size : (step + self.count) * size]
-            part += x[:, :, step * size : (step + 1) * size].flatten(1, 2)
-        return total
-
-    def parts(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values."""
-        query, key, value = self.rows(tokens).split(self.widths, -1)
-        return self.own(query), self.windows(key), self.windows(value)
+        return x.unfold(1, self.width, self.size).movedim(-1, 2).flatten(0, 1)
 
     def seen(self, tokens: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """1 for each key that a query sees, and 0, and the opposite, (G n, c, w): both till the next call."""
+        """1 for each key that a query sees, else 0, (G n, c, w), and memory for as many."""
         tokens = tokens.to(self.table.dtype)
         own, other = self.own(tokens).unsqueeze(-1), self.windows(tokens).unsqueeze(-2)
         shape = *own.shape[:2], other.shape[2]
         self.memory = self.memory or (own.new_empty(shape), own.new_empty(shape))
-        seen, hidden = self.memory
+        seen, more = self.memory
         if self.options.is_causal:
             torch.lt(other, own, out=seen)
         else:
@@ -223,75 +224,111 @@ class _Rounds:
         if self.labels is not None:
             labels = self.around(self.labels, r, -1).to(seen.dtype)
             own, other = self.own(labels).unsqueeze(-1), self.windows(labels).unsqueeze(-2)
-            seen.mul_(torch.eq(own, other, out=hidden))
-        return seen, torch.sub(1, seen, out=hidden)
+            seen.mul_(torch.eq(own, other, out=more))
+        return seen, more
 
-    def unsorted(self, x: Tensor, r: int, *, before: int = 0) -> Tensor:
-        """Of (G, places, ...) each token's, (G, L, ...); its round begins after `before` places."""
-        at = self.places[:, r] + before + x.shape[1] * torch.arange(self.groups).view(-1, 1)
-        return x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+    def of_queries(self) -> Tensor:
+        """Which rows of (R, G n, c) are of each token: (G L, R)."""
+        first = (
+            self.count
+            * self.size
+            * (self.groups * torch.arange(self.n_rounds).view(-1, 1) + self.group.unsqueeze(-1))
+        )
+        return (self.places + first).transpose(1, 2).flatten(0, 1)
+
+    def of_keys(self) -> tuple[Tensor, int | None]:
+        """Which rows of (R, G n, w) are of each token, (G L, R (w / c)), and which is of none."""
+        n, size, back = self.count, self.size, self.options.look_back
+        steps = torch.arange(self.width // size)
+        chunk = self.places // size
+        inside = (self.places - chunk * size).unsqueeze(-1) + size * steps
+        # The chunk in whose window the token is a step's, among those of all rounds.
+        first = (n * torch.arange(self.n_rounds)).view(-1, 1, 1)
+        of = first + (chunk.unsqueeze(-1) + back - steps)
+        nobody = None
+        if self.options.circular:
+            of %= self.n_rounds * n
+        elif len(steps) > 1:  # then something stands before the first token, or behind the last
+            nobody = 0 if back else self.n_rounds * self.groups * n * self.width - 1
+        rows = of + (of // n * (self.groups - 1) + self.group.view(-1, 1, 1, 1)) * n
+        rows = rows * self.width + inside
+        if nobody is not None:
+            rows.masked_fill_((of < first) | (of >= first + n), nobody)
+        return rows.transpose(1, 2).flatten(0, 1).flatten(1), nobody
 
 
-def _forward(rounds: _Rounds, value: Tensor, keeps: bool, out: Tensor) -> _Weights:
+def _forward(rounds: _Rounds, keeps: bool, out: Tensor) -> _Weights:
     """Writes the output of some heads."""
-    heads: list[Tensor] = []
+    flat = bool(rounds.highest.max() <= FLAT)
+    highest, dim = -rounds.highest.flatten(), rounds.dim
     peaks: list[Tensor] = []
     sums: list[Tensor] = []
     kept: list[Tensor] = []
+    given = rounds.empty(rounds.size, out.shape[2])
     for r in range(rounds.n_rounds):
         tokens = rounds.around(rounds.here, r, rounds.length)
-        query, key, values = rounds.parts(tokens)
-        scores = torch.bmm(query, key.transpose(1, 2))
+        rows = rounds.rows(tokens)
+        both, factor = rounds.gathered(rounds.table, rows), rounds.gathered(rounds.factor, rows)
+        query, value = both[..., :dim], rounds.windows(both[..., dim:])
+        key = query if flat else query * factor.unsqueeze(-1)
+        scores = torch.bmm(rounds.own(query), rounds.windows(key).transpose(1, 2))
         seen, hidden = rounds.seen(tokens, r)
-        scores.add_(hidden, alpha=-HIDDEN)
-        peak = scores.amax(-1, keepdim=True)
-        powers = scores.sub_(peak).clamp_(min=LEAST[scores.dtype]).exp_().mul_(seen)
-        heads.append(rounds.unsorted(torch.bmm(powers, values).view(rounds.groups, -1, values.shape[2]), r))
-        for found, of in ((peaks, peak), (sums, powers.sum(-1))):
-            found.append(of.view(rounds.groups, -1).gather(1, rounds.places[:, r]))
+        if flat:
+            peak = rounds.own(rounds.gathered(highest, rows)).unsqueeze(-1)
+            torch.addcmul(peak, scores, rounds.windows(factor).unsqueeze(-2), out=scores)
+        else:
+            scores.add_(torch.sub(1, seen, out=hidden), alpha=-HIDDEN)
+            peak = scores.amax(-1, keepdim=True)
+            scores.sub_(peak).clamp_(min=LEAST[scores.dtype])
+            peaks.append(peak.view(rounds.groups, -1).gather(1, rounds.places[:, r]))
+        powers = scores.exp_().mul_(seen)
+        sums.append(powers.sum(-1).view(rounds.groups, -1).gather(1, rounds.places[:, r]))
+        torch.bmm(powers, value, out=given[r])
         if keeps:
             kept.append(powers)
-    parts, alone = shares(peaks, sums)
-    torch.mul(value, alone.unsqueeze(-1), out=out)
-    for head, share in zip(heads, parts, strict=True):
-        out.addcmul_(head, share.unsqueeze(-1))
-    return _Weights(kept, parts, alone)
+    parts, alone = shares(peaks or [torch.zeros_like(total) for total in sums], sums)
+    weights = torch.stack(parts, -1)
+    found = _bags(given, rounds.of_queries(), weights=weights.flatten(0, 1))
+    (at,) = alone.flatten().nonzero(as_tuple=True)
+    found[at] = rounds.table[at, dim:]
+    out.copy_(found.view_as(out))
+    return _Weights(kept, weights, alone)
 
 
 def _backward(
-    rounds: _Rounds, weights: _Weights, grad: Tensor, lost: Tensor, totals: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Adds the gradients of queries, keys and values of some heads, each (G, L, ...)."""
-    groups, length, back = rounds.groups, rounds.length, rounds.options.look_back
-    size, count = rounds.options.chunk_size, rounds.count
-    both = torch.cat([grad, lost], -1)
-    for r, (powers, share) in enumerate(zip(weights.powers, weights.shares, strict=True)):
-        tokens = rounds.around(rounds.here, r, length)
-        query, key, values = rounds.parts(tokens)
-        # What comes to no token has no gradient: its row is the last, of zeros.
-        with_none = F.pad(both * share.unsqueeze(-1), (0, 0, 0, 1)).flatten(0, 1)
-        at = rounds.here[:, r] + (length + 1) * torch.arange(groups).view(-1, 1)
-        given, losing = with_none.index_select(0, at.flatten()).split([values.shape[2], 1], -1)
-        given = given.view(groups * count, size, -1)
-        by_value = torch.bmm(powers.transpose(1, 2), given)
-        by_score = torch.bmm(given, values.transpose(1, 2))
-        by_score.sub_(losing.view(-1, size, 1)).mul_(powers)
-        by_query = torch.bmm(by_score, key).view(groups, count * size, -1)
-        by_key = torch.bmm(by_score.transpose(1, 2), query)
-        totals[0].add_(rounds.unsorted(by_query, r))
-        for total, windows in ((totals[1], by_key), (totals[2], by_value)):
-            found = rounds.folded(windows)
-            total += rounds.unsorted(found, r, before=back * size)
-            if rounds.options.circular:
-                _add_edges(total, found, tokens, back * size, (back + count) * size)
-    totals[2].addcmul_(grad, weights.alone.unsqueeze(-1))
+    rounds: _Rounds, weights: _Weights, grad: Tensor, lost: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values of some heads, each (G, L, ...)."""
+    dim, shape = rounds.dim, grad.shape
+    grad, lost = grad.flatten(0, 1), lost.flatten()
+    # What comes to no token has no gradient: its share is the last, which is zero.
+    parts = F.pad(weights.shares, (0, 0, 0, 1)).flatten(0, 1)
+    by_query = rounds.empty(rounds.size, dim)
+    by_key, by_value = rounds.empty(rounds.width, dim), rounds.empty(rounds.width, grad.shape[1])
+    for r, powers in enumerate(weights.powers):
+        tokens = rounds.around(rounds.here, r, rounds.length)
+        rows = rounds.rows(tokens)
+        both, factor = rounds.gathered(rounds.table, rows), rounds.gathered(rounds.factor, rows)
+        query, value = both[..., :dim], rounds.windows(both[..., dim:])
+        key = rounds.windows(query * factor.unsqueeze(-1))
+        mine = rounds.own(rows)
+        share = parts[rounds.own(tokens + (rounds.length + 1) * rounds.group), r].unsqueeze(-1)
+        given = rounds.gathered(grad, mine).mul_(share)
+        losing = rounds.gathered(lost, mine).unsqueeze(-1).mul_(share)
+        torch.bmm(powers.transpose(1, 2), given, out=by_value[r])
+        by_score = torch.bmm(given, value.transpose(1, 2)).sub_(losing).mul_(powers)
+        torch.bmm(by_score, key, out=by_query[r])
+        torch.bmm(by_score.transpose(1, 2), rounds.own(query), out=by_key[r])
+    of_keys, nobody = rounds.of_keys()
+    queries = _bags(by_query, rounds.of_queries())
+    keys, values = (_bags(x, of_keys, nobody=nobody) for x in (by_key, by_value))
+    (at,) = weights.alone.flatten().nonzero(as_tuple=True)
+    values[at] += grad[at]
+    return queries.view(*shape[:2], -1), keys.view(*shape[:2], -1), values.view(shape)
 
 
-def _add_edges(total: Tensor, found: Tensor, tokens: Tensor, start: int, stop: int) -> None:
-    """Adds what tokens of other rounds, beside this one in the ring, are given; some may be there twice."""
-    edges = torch.cat([tokens[:, :start], tokens[:, stop:]], 1)
-    parts = torch.cat([found[:, :start], found[:, stop:]], 1)
-    length = total.shape[1]
-    parts = parts.masked_fill((edges == length).unsqueeze(-1), 0.0)
-    at = edges.clamp_max(length - 1) + length * torch.arange(len(total)).view(-1, 1)
-    total.view(-1, total.shape[-1]).index_add_(0, at.flatten(), parts.flatten(0, 1))
+def _bags(x: Tensor, rows: Tensor, *, weights: Tensor | None = None, nobody: int | None = None) -> Tensor:
+    """Of (..., D) the sums of bags of rows, (N, D); `nobody` is no row."""
+    return F.embedding_bag(
+        rows, x.view(-1, x.shape[-1]), mode="sum", per_sample_weights=weights, padding_idx=nobody
+    )

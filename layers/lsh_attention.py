@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..kernels.checks import check_dropout
 from ..kernels.lsh_attention import lsh_attention, lsh_attention_weights
 from ..kernels.lsh_buckets import lsh_buckets
+from ._choices import choice
 from ._heads import head_size, join_heads, split_heads, start_projections
 
 
@@ -176,15 +177,20 @@ class LSHAttention(nn.Module):
         chunks = (query_key.shape[2] + self.chunk_size - 1) // self.chunk_size
         factors = [2 * max(chunks, 1)] if self.num_buckets is None else _factors(self.num_buckets)
         shape = (self.num_heads, self.head_dim, self.num_hashes, sum(n // 2 for n in factors))
+        drawn = None
         if generator is not None:
-            rotations = torch.randn(shape, generator=generator, device=generator.device)
-        elif redraw:
-            rotations = torch.randn(shape, device=query_key.device)
-        else:
-            rotations = seeded_normals(self.hash_seed, shape)
-        buckets = lsh_buckets(query_key, rotations.to(query_key.device), num_buckets=factors)
-        return buckets, {
-            "num_buckets": math.prod(factors),
+            drawn = torch.randn(shape, generator=generator, device=generator.device)
+        elif redraw:  # in a second run as well, as what is drawn behind it must be the same
+            drawn = torch.randn(shape, device=query_key.device)
+        num_buckets = math.prod(factors)
+        narrow = torch.int16 if num_buckets <= torch.iinfo(torch.int16).max else torch.int32
+
+        def hashed() -> Tensor:
+            rotations = seeded_normals(self.hash_seed, shape) if drawn is None else drawn
+            return lsh_buckets(query_key, rotations.to(query_key.device), num_buckets=factors).to(narrow)
+
+        return choice(hashed).long(), {
+            "num_buckets": num_buckets,
             "chunk_size": self.chunk_size,
             "look_back": self.look_back,
             "look_ahead": self.look_ahead,

@@ -1,11 +1,13 @@
 """Reversible residual layers (Gomez et al., 2017; Kitaev et al., 2020): memory that depth does not add to."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._choices import Choices
 from ._random_state import Autocast, RandomState
 
 
@@ -70,7 +72,7 @@ class ReversibleBlock(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The (x1, x2) that gave these, within rounding, where neither layer draws random numbers."""
+        """The (x1, x2) that gave these, within rounding, where no layer draws random numbers or hashes."""
         x2 = y2 - self.second(y1)
         return y1 - self.first(x2, **_given(key_mask, mask, is_causal)), x2
 
@@ -82,6 +84,9 @@ class Reversible(nn.Module):
     come back, from the last block to the first. Memory is that of one block, however many there are, and time
     a third more in forward and backward together. The gradients are those of the plain stack, exact up to the
     rounding of y - f(x), which grows with depth: keep the streams in float32 (autocast does).
+
+    What `LSHAttention` hashes is kept besides, two bytes a token, head and round: rounding would put a token
+    near a tie into another bucket, and the layer into another function.
 
     Each layer is computed again with the random state (of the CPU and of the device) and the autocast that it
     had, so that dropout and hashing draw the same. Not from a `generator` of their own: its state is not
@@ -173,16 +178,21 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.layers, ctx.owned, ctx.given, ctx.parameters = layers, owned, given, parameters
         ctx.autocast, ctx.states, ctx.dtypes = Autocast(x1.device.type), [], []
+        choices = [Choices() for _ in layers]
         with ctx.autocast.again():
-            for first, second in zip(layers[::2], layers[1::2], strict=True):
+            for i in range(0, len(layers), 2):
                 ctx.dtypes += x1.dtype, x2.dtype
                 ctx.states.append(RandomState(x1))
-                x1 = x1 + _kept("first", first(x2, **given), x1)
+                with choices[i].kept():
+                    x1 = x1 + _kept("first", layers[i](x2, **given), x1)
                 ctx.states.append(RandomState(x1))
-                x2 = x2 + _kept("second", second(x1), x2)
+                with choices[i + 1].kept():
+                    x2 = x2 + _kept("second", layers[i + 1](x1), x2)
+        chosen = [t for made in choices for t in made.made]
+        ctx.sizes = [len(made.made) for made in choices]
         # Not for their values: autograd refuses what was changed in place between forward and backward.
         unchanged = [t for t in given.values() if isinstance(t, Tensor)]
-        ctx.save_for_backward(x1, x2, *unchanged, *parameters)
+        ctx.save_for_backward(x1, x2, *chosen, *unchanged, *parameters)
         return x1, x2
 
     @staticmethod
@@ -192,13 +202,17 @@ class _Recomputed(torch.autograd.Function):
                 "a reversible stack that recomputes has no second derivative (create_graph=True): "
                 "make it with recompute=False"
             )
-        y1, y2 = ctx.saved_tensors[:2]
+        y1, y2, *rest = ctx.saved_tensors
+        chosen = iter(rest)
+        choices = [Choices(list(islice(chosen, size))) for size in ctx.sizes]
         sums: dict[int, Tensor | None] = {id(p): None for p in ctx.parameters}
         with RandomState(y1).aside():
             for i in reversed(range(0, len(ctx.layers), 2)):
-                out, dy1 = _again(ctx, i + 1, y1, {}, d2, sums)
+                with choices[i + 1].again():
+                    out, dy1 = _again(ctx, i + 1, y1, {}, d2, sums)
                 y2, d1 = (y2 - out).to(ctx.dtypes[i + 1]), d1 + dy1
-                out, dy2 = _again(ctx, i, y2, ctx.given, d1, sums)
+                with choices[i].again():
+                    out, dy2 = _again(ctx, i, y2, ctx.given, d1, sums)
                 y1, d2 = (y1 - out).to(ctx.dtypes[i]), d2 + dy2
         return None, None, None, d1, d2, *sums.values()
 

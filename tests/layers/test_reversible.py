@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lamina.layers import FeedForward, MultiHeadAttention, Reversible, ReversibleBlock
+from lamina.layers import FeedForward, LSHAttention, MultiHeadAttention, Reversible, ReversibleBlock
+from lamina.layers._choices import choice
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.parallel import DistributedDataParallel
@@ -128,6 +129,65 @@ def test_a_layer_that_takes_no_mask_says_so():
     stack, _ = pair()
     with pytest.raises(TypeError, match="key_mask"):
         stack(torch.randn(2, 3, 5), key_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+class Chooses(nn.Module):
+    """Twice as much where the input is above a threshold, which a choice has told."""
+
+    def __init__(self, dim: int = 5, **factory) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(dim, dim, **factory), 0
+
+    def found(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x > 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = choice(lambda: self.found(x))
+        return torch.where(choice(lambda: ~self.found(x)), 1.0, 1.0 + above.double()) * self.linear(x).tanh()
+
+
+def test_a_second_run_chooses_as_the_first():
+    stack, plain = pair(first=Chooses, **WIDE)
+    inputs = streams(2, 3, 5)
+    torch.testing.assert_close(outcome(stack, inputs), outcome(plain, inputs))
+    assert [block.first.calls for block in stack.blocks] == [2, 2, 2]
+
+
+def test_a_stack_within_a_stack_chooses_as_the_first():
+    class Within(nn.Module):
+        def __init__(self, **factory) -> None:
+            super().__init__()
+            self.inner = Reversible(ReversibleBlock(Chooses(**factory), mlp(**factory)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[0]
+
+    stack, plain = pair(2, first=Within, **WIDE)
+    inputs = streams(2, 3, 5)
+    torch.testing.assert_close(outcome(stack, inputs), outcome(plain, inputs))
+    assert {block.first.calls for outer in stack.blocks for block in outer.first.inner.blocks} == {2}
+
+
+class Loud(nn.Sequential):
+    """Large outputs, so that the inputs come back with large errors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1000 * super().forward(x)
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_hashing_near_ties_is_that_of_the_first_run(redraw):
+    """Else a token that comes back into another bucket has the gradient of another function."""
+    torch.manual_seed(0)
+    stack, plain = pair(
+        4,
+        lambda: nn.Sequential(nn.LayerNorm(16), LSHAttention(16, 2, chunk_size=8, redraw=redraw)),
+        lambda: Loud(mlp(16)),
+    )
+    inputs = streams(2, 512, 16, dtype=torch.float32)
+    for found, expected in zip(outcome(stack, inputs)[2:], outcome(plain, inputs)[2:], strict=True):
+        assert (found - expected).abs().max() < 3e-3 * expected.abs().max()
 
 
 def test_inverse_gives_the_inputs_back():

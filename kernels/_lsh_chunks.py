@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._autocast import no_autocast
 from ._lsh_rounds import Options, inverse, inverse_size, numbered, shares, taking_part
 from .backend import forward_derivatives, transformed
 
@@ -56,6 +57,7 @@ def has_chunks(query_key: Tensor, value: Tensor, order: Tensor, dropout: float, 
         and query_key.numel() > 0
         and value.numel() > 0
         and not (options.circular and count <= options.look_back + options.look_ahead)
+        and not torch.is_autocast_enabled("cpu")
         and not forward_derivatives(query_key, value)
         and not transformed()
     )
@@ -100,11 +102,12 @@ class _Attend(torch.autograd.Function):
             grad = grad.masked_fill(tokens.hidden.unsqueeze(-1), 0.0)
         by_query_key, by_value = torch.empty_like(tokens.query_key), torch.empty_like(grad)
         each = order.shape[2] + 2
-        for k, heads in enumerate(tokens.groups()):
-            *powers, parts, alone = flat[k * each : (k + 1) * each]
-            rounds, weights = _Rounds(tokens, heads), _Weights(powers, parts, alone)
-            by_query, by_key, by_value[heads] = _backward(rounds, weights, grad[heads], lost[heads])
-            torch.add(by_query, tokens.through_unit(by_key, heads), out=by_query_key[heads])
+        with no_autocast("cpu"):  # wherever the backward pass is called from
+            for k, heads in enumerate(tokens.groups()):
+                *powers, parts, alone = flat[k * each : (k + 1) * each]
+                rounds, weights = _Rounds(tokens, heads), _Weights(powers, parts, alone)
+                by_query, by_key, by_value[heads] = _backward(rounds, weights, grad[heads], lost[heads])
+                torch.add(by_query, tokens.through_unit(by_key, heads), out=by_query_key[heads])
         return by_query_key.view(query_key.shape), by_value.view(value.shape), None, None, None, None
 
 

@@ -228,6 +228,9 @@ def test_in_chunks_takes_what_it_can():
     half = [t.detach().bfloat16().requires_grad_() for t in (query_key, value)]
     assert node(*half) != "_AttendBackward"
     assert not lsh_attention(query_key.detach(), value.detach(), buckets, **options).requires_grad
+    with torch.autocast("cpu"):  # casts products, here and there
+        single = [t.detach().float().requires_grad_() for t in (query_key, value)]
+        assert node(*single) != "_AttendBackward"
     many = options | {"num_buckets": 2**24, "same_bucket": True}  # float32 does not tell them apart
     single = [t.detach().float().requires_grad_() for t in (query_key, value)]
     assert lsh_attention(*single, buckets, **many).grad_fn.name() != "_AttendBackward"
@@ -248,6 +251,15 @@ def test_in_chunks_weights_are_saved_where_autograd_frees_them():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+def test_in_chunks_gradients_are_those_of_the_type_wherever_they_are_taken():
+    query_key, value, buckets = draw(1, 2, 16, 4, dtype=torch.float32)
+    out = lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=4).sum()
+    expected = torch.autograd.grad(out, (query_key, value), retain_graph=True)
+    with torch.autocast("cpu"):
+        found = torch.autograd.grad(out, (query_key, value))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_in_chunks_a_graph_that_was_gone_through_has_no_second_derivative():

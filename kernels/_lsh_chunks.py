@@ -111,6 +111,20 @@ class _Attend(torch.autograd.Function):
         return by_query_key.view(query_key.shape), by_value.view(value.shape), None, None, None, None
 
 
+class _Memory:
+    """Memory that is written over for the next heads: a process is given new memory page by page."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Of that shape, where what had the name before was."""
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = like.new_empty(size)
+        return self.held[name][:size].view(shape)
+
+
 class _Tokens:
     """All heads of all batches in one row, (B H, L, ...)."""
 
@@ -123,6 +137,7 @@ class _Tokens:
         key_mask: Tensor | None,
         options: Options,
     ) -> None:
+        self.memory = _Memory()
         self.table = torch.cat([query_key, value], -1).flatten(0, 1)
         self.length, self.dim = query_key.shape[2:]
         self.query_key = self.table[..., : self.dim]
@@ -161,48 +176,62 @@ class _Weights(NamedTuple):
 
 
 class _Rounds:
-    """What the rounds of G heads have in common; n chunks of c tokens, each of which sees w keys."""
+    """What the R rounds of G heads have in common; n chunks of c tokens, each of which sees w keys.
+
+    A round has E places: its own, and those that stand before and behind it.
+    """
 
     def __init__(self, tokens: _Tokens, heads: slice) -> None:
         self.options, self.length, self.dim = tokens.options, tokens.length, tokens.dim
+        self.memory = tokens.memory
         self.table = tokens.table[heads].flatten(0, 1)  # a row for each token, its query and its value
         self.factor = tokens.factor[heads].flatten()
         self.highest = tokens.highest(heads)
         order = tokens.order[heads]
         self.groups, self.n_rounds, _ = order.shape
-        self.group = torch.arange(self.groups).view(-1, 1)
-        self.places = inverse(order)
+        self.group = torch.arange(self.groups).view(-1, 1, 1)
+        self.places = inverse(order)  # (G, R, L)
         self.size = self.options.chunk_size
         self.width = self.size * (self.options.look_back + 1 + self.options.look_ahead)
         self.count = math.ceil(self.length / self.size)
-        short = self.count * self.size - self.length
-        self.here = F.pad(tokens.here[heads], (0, short), value=self.length)
-        self.labels = None if tokens.labels is None else F.pad(tokens.labels[heads], (0, short), value=-1)
-        self.memory: tuple[Tensor, Tensor] | None = None
+        self.tokens = self.around(tokens.here[heads], filler=self.length)  # (G, R, E)
+        # Where they are in the table: nobody is anybody.
+        self.rows = self.tokens.clamp_max(self.length - 1).add_(self.length * self.group)
+        self.labels = None if tokens.labels is None else self.around(tokens.labels[heads], filler=-1)
 
-    def empty(self, places: int, width: int) -> Tensor:
+    def empty(self, name: str, places: int, width: int) -> Tensor:
         """For rows of that width at so many places of each chunk of every round."""
-        return self.table.new_empty(self.n_rounds, self.groups * self.count, places, width)
+        shape = self.n_rounds, self.groups * self.count, places, width
+        return self.memory.empty(name, self.table, *shape)
 
-    def around(self, x: Tensor, r: int, filler: int) -> Tensor:
-        """Of (G, R, n c) a round, and what stands before and behind it: (G, E)."""
+    def around(self, x: Tensor, filler: int) -> Tensor:
+        """Of (G, R, L) each round, and what stands before and behind it: (G, R, E)."""
         size, back, ahead = self.size, self.options.look_back, self.options.look_ahead
+        short = self.count * size - self.length
         if not self.options.circular:
-            return F.pad(x[:, r], (back * size, ahead * size), value=filler)
-        first, last = r * self.count - back, (r + 1) * self.count + ahead
-        ring = x.view(self.groups, -1, size)
-        chunks = torch.arange(first, last) % ring.shape[1]
-        return ring[:, chunks].flatten(1)
-
-    def rows(self, tokens: Tensor) -> Tensor:
-        """Where in the table (G, E) tokens are; nobody is anybody."""
-        return tokens.clamp_max(self.length - 1).add_(self.length * self.group)
-
-    def gathered(self, x: Tensor, rows: Tensor) -> Tensor:
-        """(G, E, ...) of a table."""
-        return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            return F.pad(x, (back * size, ahead * size + short), value=filler)
+        ring = F.pad(x, (0, short), value=filler).view(self.groups, -1, size)
+        chunks = self.count * torch.arange(self.n_rounds).view(-1, 1)
+        chunks = (chunks + torch.arange(-back, self.count + ahead)) % ring.shape[1]
+        return ring[:, chunks].flatten(2)
 
     def own(self, x: Tensor) -> Tensor:
+        """Of (G, R, E) the rounds' own: (R, G n, c)."""
+        first = self.options.look_back * self.size
+        mine = x[:, :, first : first + self.count * self.size].transpose(0, 1)
+        return mine.reshape(self.n_rounds, -1, self.size)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Of (G, R, E) what each chunk sees: (R, G n, w)."""
+        return x.unfold(2, self.width, self.size).transpose(0, 1).flatten(1, 2)
+
+    def parts(self, r: int) -> tuple[Tensor, Tensor]:
+        """The queries and values of a round, each (G, E, ...)."""
+        rows = self.rows[:, r]
+        both = self.table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        return both[..., : self.dim], both[..., self.dim :]
+
+    def chunks(self, x: Tensor) -> Tensor:
         """Of (G, E, ...) the round's own: (G n, c, ...)."""
         first = self.options.look_back * self.size
         mine = x[:, first : first + self.count * self.size]
@@ -212,32 +241,34 @@ class _Rounds:
         """Of (G, E, ...) what each chunk sees: (G n, w, ...)."""
         return x.unfold(1, self.width, self.size).movedim(-1, 2).flatten(0, 1)
 
-    def seen(self, tokens: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """1 for each key that a query sees, else 0, (G n, c, w), and memory for as many."""
-        tokens = tokens.to(self.table.dtype)
-        own, other = self.own(tokens).unsqueeze(-1), self.windows(tokens).unsqueeze(-2)
-        shape = *own.shape[:2], other.shape[2]
-        self.memory = self.memory or (own.new_empty(shape), own.new_empty(shape))
-        seen, more = self.memory
-        if self.options.is_causal:
-            torch.lt(other, own, out=seen)
-        else:
-            torch.ne(other, own, out=seen)
-            seen.mul_(torch.ne(other, self.length, out=torch.empty_like(other)))
-        if self.labels is not None:
-            labels = self.around(self.labels, r, -1).to(seen.dtype)
-            own, other = self.own(labels).unsqueeze(-1), self.windows(labels).unsqueeze(-2)
-            seen.mul_(torch.eq(own, other, out=more))
-        return seen, more
+    def seen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each round 1 for each key that a query sees, else 0, (G n, c, w), and memory for as many."""
+        shape = self.groups * self.count, self.size, self.width
+        seen, more = (self.memory.empty(name, self.table, *shape) for name in ("seen", "more"))
+        of_tokens, of_labels = self._numbers(self.tokens), self._numbers(self.labels)
+        for r in range(self.n_rounds):
+            own, other = of_tokens[r]
+            if self.options.is_causal:
+                torch.lt(other, own, out=seen)
+            else:
+                torch.ne(other, own, out=seen)
+                seen.mul_(torch.ne(other, self.length, out=torch.empty_like(other)))
+            if of_labels:
+                own, other = of_labels[r]
+                seen.mul_(torch.eq(own, other, out=more))
+            yield seen, more
+
+    def _numbers(self, x: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Of (G, R, E) the queries' and the keys' for each round, as numbers to compare."""
+        if x is None:
+            return []
+        x = x.to(self.table.dtype)
+        return list(zip(self.own(x).unsqueeze(-1), self.beside(x).unsqueeze(-2), strict=True))
 
     def of_queries(self) -> Tensor:
         """Which rows of (R, G n, c) are of each token: (G L, R)."""
-        first = (
-            self.count
-            * self.size
-            * (self.groups * torch.arange(self.n_rounds).view(-1, 1) + self.group.unsqueeze(-1))
-        )
-        return (self.places + first).transpose(1, 2).flatten(0, 1)
+        first = self.groups * torch.arange(self.n_rounds).view(-1, 1) + self.group
+        return (self.places + self.count * self.size * first).transpose(1, 2).flatten(0, 1)
 
     def of_keys(self) -> tuple[Tensor, int | None]:
         """Which rows of (R, G n, w) are of each token, (G L, R (w / c)), and which is of none."""
@@ -253,7 +284,7 @@ class _Rounds:
             of %= self.n_rounds * n
         elif len(steps) > 1:  # then something stands before the first token, or behind the last
             nobody = 0 if back else self.n_rounds * self.groups * n * self.width - 1
-        rows = of + (of // n * (self.groups - 1) + self.group.view(-1, 1, 1, 1)) * n
+        rows = of + (of // n * (self.groups - 1) + self.group.unsqueeze(-1)) * n
         rows = rows * self.width + inside
         if nobody is not None:
             rows.masked_fill_((of < first) | (of >= first + n), nobody)
@@ -263,22 +294,19 @@ class _Rounds:
 def _forward(rounds: _Rounds, keeps: bool, out: Tensor) -> _Weights:
     """Writes the output of some heads."""
     flat = bool(rounds.highest.max() <= FLAT)
-    highest, dim = -rounds.highest.flatten(), rounds.dim
+    highest = -rounds.own(rounds.highest.flatten()[rounds.rows]).unsqueeze(-1)
+    factor = rounds.factor[rounds.rows]
+    of_keys = rounds.beside(factor).unsqueeze(-2)
     peaks: list[Tensor] = []
     sums: list[Tensor] = []
     kept: list[Tensor] = []
-    given = rounds.empty(rounds.size, out.shape[2])
-    for r in range(rounds.n_rounds):
-        tokens = rounds.around(rounds.here, r, rounds.length)
-        rows = rounds.rows(tokens)
-        both, factor = rounds.gathered(rounds.table, rows), rounds.gathered(rounds.factor, rows)
-        query, value = both[..., :dim], rounds.windows(both[..., dim:])
-        key = query if flat else query * factor.unsqueeze(-1)
-        scores = torch.bmm(rounds.own(query), rounds.windows(key).transpose(1, 2))
-        seen, hidden = rounds.seen(tokens, r)
+    given = rounds.empty("given", rounds.size, out.shape[2])
+    for r, (seen, hidden) in enumerate(rounds.seen()):
+        query, value = rounds.parts(r)
+        key = query if flat else query * factor[:, r].unsqueeze(-1)
+        scores = torch.bmm(rounds.chunks(query), rounds.windows(key).transpose(1, 2))
         if flat:
-            peak = rounds.own(rounds.gathered(highest, rows)).unsqueeze(-1)
-            torch.addcmul(peak, scores, rounds.windows(factor).unsqueeze(-2), out=scores)
+            torch.addcmul(highest[r], scores, of_keys[r], out=scores)
         else:
             scores.add_(torch.sub(1, seen, out=hidden), alpha=-HIDDEN)
             peak = scores.amax(-1, keepdim=True)
@@ -286,14 +314,14 @@ def _forward(rounds: _Rounds, keeps: bool, out: Tensor) -> _Weights:
             peaks.append(peak.view(rounds.groups, -1).gather(1, rounds.places[:, r]))
         powers = scores.exp_().mul_(seen)
         sums.append(powers.sum(-1).view(rounds.groups, -1).gather(1, rounds.places[:, r]))
-        torch.bmm(powers, value, out=given[r])
+        torch.bmm(powers, rounds.windows(value), out=given[r])
         if keeps:
             kept.append(powers)
     parts, alone = shares(peaks or [torch.zeros_like(total) for total in sums], sums)
     weights = torch.stack(parts, -1)
     found = _bags(given, rounds.of_queries(), weights=weights.flatten(0, 1))
     (at,) = alone.flatten().nonzero(as_tuple=True)
-    found[at] = rounds.table[at, dim:]
+    found[at] = rounds.table[at, rounds.dim :]
     out.copy_(found.view_as(out))
     return _Weights(kept, weights, alone)
 
@@ -305,23 +333,20 @@ def _backward(
     dim, shape = rounds.dim, grad.shape
     grad, lost = grad.flatten(0, 1), lost.flatten()
     # What comes to no token has no gradient: its share is the last, which is zero.
-    parts = F.pad(weights.shares, (0, 0, 0, 1)).flatten(0, 1)
-    by_query = rounds.empty(rounds.size, dim)
-    by_key, by_value = rounds.empty(rounds.width, dim), rounds.empty(rounds.width, grad.shape[1])
+    share = F.pad(weights.shares.transpose(1, 2), (0, 1)).gather(2, rounds.tokens)
+    losing = rounds.own(lost[rounds.rows] * share).unsqueeze(-1)
+    share, mine = rounds.own(share).unsqueeze(-1), rounds.own(rounds.rows)
+    factor = rounds.factor[rounds.rows].unsqueeze(-1)
+    by_query = rounds.empty("by_query", rounds.size, dim)
+    by_key = rounds.empty("by_key", rounds.width, dim)
+    by_value = rounds.empty("by_value", rounds.width, grad.shape[1])
     for r, powers in enumerate(weights.powers):
-        tokens = rounds.around(rounds.here, r, rounds.length)
-        rows = rounds.rows(tokens)
-        both, factor = rounds.gathered(rounds.table, rows), rounds.gathered(rounds.factor, rows)
-        query, value = both[..., :dim], rounds.windows(both[..., dim:])
-        key = rounds.windows(query * factor.unsqueeze(-1))
-        mine = rounds.own(rows)
-        share = parts[rounds.own(tokens + (rounds.length + 1) * rounds.group), r].unsqueeze(-1)
-        given = rounds.gathered(grad, mine).mul_(share)
-        losing = rounds.gathered(lost, mine).unsqueeze(-1).mul_(share)
+        query, value = rounds.parts(r)
+        given = grad.index_select(0, mine[r].flatten()).unflatten(0, mine[r].shape).mul_(share[r])
         torch.bmm(powers.transpose(1, 2), given, out=by_value[r])
-        by_score = torch.bmm(given, value.transpose(1, 2)).sub_(losing).mul_(powers)
-        torch.bmm(by_score, key, out=by_query[r])
-        torch.bmm(by_score.transpose(1, 2), rounds.own(query), out=by_key[r])
+        by_score = torch.bmm(given, rounds.windows(value).transpose(1, 2)).sub_(losing[r]).mul_(powers)
+        torch.bmm(by_score, rounds.windows(query * factor[:, r]), out=by_query[r])
+        torch.bmm(by_score.transpose(1, 2), rounds.chunks(query), out=by_key[r])
     of_keys, nobody = rounds.of_keys()
     queries = _bags(by_query, rounds.of_queries())
     keys, values = (_bags(x, of_keys, nobody=nobody) for x in (by_key, by_value))

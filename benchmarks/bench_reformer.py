@@ -5,9 +5,8 @@
     transformers       `ReformerModelWithLMHead`, with its default feed-forward networks of 512
     reformer_pytorch   `ReformerLM`, with its default of four times the width, not cut into chunks here
 
-Decoding is beside transformers' without its cache, so that both read all tokens again at each step: with it a
-step takes less, but gives other tokens than the whole pass does. reformer-pytorch's has none, and needs whole
-pairs of chunks.
+Beside transformers' no layer stands above the hashed one, so that keys and values can be kept in decoding;
+both also read all tokens again at each step. reformer-pytorch's keeps none, and needs whole pairs of chunks.
 
 Each pays for its own hashing, and is then given our buckets: float32 hashes near a tie differ. The peers
 leave a token itself out by a score of -1e5 and -5e4, which costs float32 up to 0.75 % of a row; here it is
@@ -187,9 +186,11 @@ def bench_reformer(benchmark, benchmark_op, how, peer, length, direction):
 
 
 @pytest.mark.parametrize("length", LENGTHS[:2])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("how", ["lamina", "transformers"])
-def bench_decoding(benchmark, benchmark_op, how, length):
-    benchmark.group = f"Reformer writes {WRITTEN} tokens behind {length}, without a cache"
+def bench_decoding(benchmark, benchmark_op, how, use_cache, length):
+    kept = "with" if use_cache else "without"
+    benchmark.group = f"Reformer writes {WRITTEN} tokens behind {length}, {kept} a cache"
     torch.manual_seed(0)
     prompt = torch.randint(VOCABULARY, (1, length), device=DEVICE)
     with torch.no_grad():
@@ -197,28 +198,49 @@ def bench_decoding(benchmark, benchmark_op, how, length):
         ours, theirs, _ = transformers(prompt.new_zeros(1, length + 2 * CHUNK))
         ours.eval()
         theirs.eval()
-        (layer,) = (m for m in theirs.modules() if hasattr(m, "self_mask_value_float32"))
-        hashing = type(layer)._hash_vectors.__get__(layer)
+        search = {"max_length": WRITTEN, "end_id": -1}
 
         def generated(prompt: Tensor) -> Tensor:
-            return ours.generate(prompt, max_length=WRITTEN).best.double()
+            return greedy_search(ours.decoding(use_cache=use_cache), prompt, **search).best.double()
 
         whole = torch.cat([prompt, generated(prompt).long()], 1)
-        hashed = {
-            n: our_buckets(ours, whole[:, :n], padding=-n % CHUNK)[0] for n in range(length, length + WRITTEN)
-        }
+        steps = TheirSteps(ours, theirs, whole, length, use_cache)
 
         def their_generated(prompt: Tensor) -> Tensor:
-            read = prompt[:, :0]
-
-            def decoding(tokens: Tensor) -> Tensor:
-                nonlocal read
-                read = torch.cat([read, tokens], 1)
-                layer._hash_vectors = paying(hashing, hashed[read.shape[1]])
-                return theirs(read, use_cache=False).logits[:, -1]
-
-            found = greedy_search(decoding, prompt, max_length=WRITTEN, end_id=-1, padding_id=0)
-            return found.best.double()
+            return greedy_search(steps.decoding(), prompt, **search).best.double()
 
         timed, other = (generated, their_generated) if how == "lamina" else (their_generated, generated)
         benchmark_op(timed, [prompt], backward=False, reference=other)
+
+
+class TheirSteps:
+    """transformers' model at work, given our buckets for each step of what is written."""
+
+    def __init__(
+        self, ours: Reformer, theirs: nn.Module, whole: Tensor, length: int, use_cache: bool
+    ) -> None:
+        self.model, self.use_cache = theirs, use_cache
+        (self.layer,) = (m for m in theirs.modules() if hasattr(m, "self_mask_value_float32"))
+        self.hashing = type(self.layer)._hash_vectors.__get__(self.layer)
+        self.hashed = {}
+        for n in range(length, whole.shape[1]):
+            padding = 0 if use_cache else -n % CHUNK
+            (buckets,) = our_buckets(ours, whole[:, :n], padding=padding)
+            if use_cache and n > length:  # it hashes the new token alone
+                buckets = buckets.unflatten(-1, (ROUNDS, -1))[..., -1]
+            self.hashed[n] = buckets
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        read, kept = None, None
+
+        def step(tokens: Tensor) -> Tensor:
+            nonlocal read, kept
+            read = tokens if read is None else torch.cat([read, tokens], 1)
+            self.layer._hash_vectors = paying(self.hashing, self.hashed[read.shape[1]])
+            if not self.use_cache:
+                return self.model(read, use_cache=False).logits[:, -1]
+            found = self.model(tokens, past_buckets_states=kept, use_cache=True)
+            kept = found.past_buckets_states
+            return found.logits[:, -1]
+
+        return step

@@ -105,7 +105,7 @@ def rounds(
         around = _beside(labels, options)
     at, beside = tokens.int().unsqueeze(-1), seen.int().unsqueeze(-2)
     queries_of, keys_of = tokens.clamp_max(length - 1), seen.clamp_max(length - 1)
-    unit = _unit(query_key, options.scale)
+    unit_keys = unit(query_key, options.scale)
     for r in range(n_rounds):
         mine = slice(r * count, (r + 1) * count)
         own, other = at[:, :, mine], beside[:, :, mine]
@@ -113,7 +113,7 @@ def rounds(
         if options.same_bucket:
             hidden = hidden | (labels[:, :, mine, :, None] != around[:, :, mine, None, :])
         queries, keys = queries_of[:, :, mine], keys_of[:, :, mine]
-        scores = _rows(query_key, queries) @ _rows(unit, keys).transpose(-2, -1)
+        scores = _rows(query_key, queries) @ _rows(unit_keys, keys).transpose(-2, -1)
         scores = scores.to(torch.promote_types(query_key.dtype, torch.float32))
         if options.deduplicate:
             times = _meetings(places, ids, queries, keys, count, options).clamp_min(1)
@@ -158,7 +158,7 @@ def inverse(order: Tensor) -> Tensor:
     return positions.scatter(-1, order, positions)
 
 
-def _unit(query_key: Tensor, scale: float) -> Tensor:
+def unit(query_key: Tensor, scale: float) -> Tensor:
     """The keys: unit vectors, times the scale. In float32, as 1e-6 is nothing in float16."""
     wide = query_key.to(torch.promote_types(query_key.dtype, torch.float32))
     return (wide * (inverse_size(wide) * (scale * query_key.shape[-1] ** -0.5))).to(query_key.dtype)

@@ -87,7 +87,10 @@ class AxialPositions(nn.Module):
     def max_length(self) -> int:
         return math.prod(self.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, offset: int = 0) -> Tensor:
+        """Adds the vectors of places offset … offset + L - 1."""
+        if offset < 0:
+            raise ValueError(f"offset must be at least 0, got offset={offset}")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, L, {self.dim}), got {tuple(x.shape)}")
         if self.training and self.dropout:
@@ -96,9 +99,9 @@ class AxialPositions(nn.Module):
             ]
             scale = 1 / (1 - self.dropout)
             tables = [torch.where(k, w * scale, 0.0) for k, w in zip(kept, self.weights, strict=True)]
-            return x + self._spread(tables, x.shape[1])
+            return x + self._spread(tables, offset + x.shape[1])[..., offset:, :]
         # A batch of one gets the gradient as it is, where a table without a batch would sum a copy.
-        return x + self.table(x.shape[1]).unsqueeze(0)
+        return x + self.table(offset + x.shape[1])[offset:].unsqueeze(0)
 
     def table(self, length: int | None = None) -> Tensor:
         """(length, dim): what `forward` adds in evaluation; all places where no length is given."""

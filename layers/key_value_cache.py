@@ -88,3 +88,11 @@ class KeyValueCache:
             kept = grown
         kept[:, :, filled:wanted] = new
         return kept
+
+
+def check_cached(key_mask: Tensor | None, is_causal: bool) -> None:
+    """What an attention in chunks can honour beside a cache."""
+    if not is_causal:
+        raise ValueError("is_causal must be set with a cache, got is_causal=False")
+    if key_mask is not None:
+        raise ValueError("key_mask must be None with a cache: all tokens that are kept take part")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.checks import check_dropout
-from ..kernels.dot_product_attention import attention_weights
+from ..kernels.dot_product_attention import attention_weights, dot_product_attention
 from ..kernels.local_attention import local_attention, local_mask
 from ._heads import head_size, join_heads, split_heads, start_projections
+from .key_value_cache import KeyValueCache, check_cached
 from .masking import attention_mask
 
 
@@ -46,7 +47,8 @@ class LocalAttention(nn.Module):
         - output: (B, L, dim); a query with no key gives the bias of the output projection alone
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, a size is not positive, a mask does not fit.
+        ValueError: `num_heads` does not divide `dim`, a size is not positive, a mask does not fit; a `cache`
+            comes without `is_causal`, or with a `key_mask`.
 
     Reference:
         Kitaev, Kaiser, Levskaya. Reformer: The Efficient Transformer. ICLR 2020 (its local layers).
@@ -95,12 +97,28 @@ class LocalAttention(nn.Module):
         """Xavier-uniform projections with zero bias, as `MultiHeadAttention`."""
         start_projections(self.query, self.key, self.value, self.out)
 
-    def forward(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The output, (B, L, dim). Shapes as above."""
+    def forward(
+        self,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The output, (B, L, dim). Shapes as above; with a `cache`, `query` holds the new tokens alone."""
+        if cache is not None:
+            check_cached(key_mask, is_causal)
+        before = 0 if cache is None else cache.length
+        q, k = self._turned(self.query(query), before), self._turned(self.key(query), before)
+        v = split_heads(self.value(query), self.num_heads)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if before:
+            return self.out(join_heads(self._among_kept(q, k, v, before)))
         heads = local_attention(
-            self._turned(self.query(query)),
-            self._turned(self.key(query)),
-            split_heads(self.value(query), self.num_heads),
+            q,
+            k,
+            v,
             window=self.window,
             look_back=self.look_back,
             look_ahead=self.look_ahead,
@@ -119,9 +137,26 @@ class LocalAttention(nn.Module):
             self._turned(self.query(query)), self._turned(self.key(query)), mask=mask, is_causal=is_causal
         )
 
-    def _turned(self, tokens: Tensor) -> Tensor:
+    def _among_kept(self, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+        """Of queries that follow `before` tokens, given all keys and values."""
+        length, device = key.shape[2], query.device
+        first = max(0, before // self.window - self.look_back) * self.window
+        mask = local_mask(length - first, self.window, self.look_back, 0, device)[before - first :]
+        return dot_product_attention(
+            query,
+            key[:, :, first:],
+            value[:, :, first:],
+            mask=mask if length - before > 1 else None,  # one token sees all of these
+            is_causal=True,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    def _turned(self, tokens: Tensor, offset: int = 0) -> Tensor:
         heads = split_heads(tokens, self.num_heads)
-        return heads if self.rotary is None else self.rotary(heads)
+        if self.rotary is None:
+            return heads
+        turned: Tensor = self.rotary(heads, offset=offset) if offset else self.rotary(heads)
+        return turned
 
     def extra_repr(self) -> str:
         reach = f"window={self.window}, look_back={self.look_back}, look_ahead={self.look_ahead}"

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels._lsh_last import attend_last
+from ..kernels._lsh_rounds import Options
 from ..kernels.checks import check_dropout
 from ..kernels.lsh_attention import lsh_attention, lsh_attention_weights
 from ..kernels.lsh_buckets import lsh_buckets
 from ._choices import choice
 from ._heads import head_size, join_heads, split_heads, start_projections
+from .key_value_cache import KeyValueCache, check_cached
 
 
 class LSHAttention(nn.Module):
@@ -42,7 +45,9 @@ class LSHAttention(nn.Module):
     reseeds the global stream.
 
     `is_causal` keeps every value and gradient from reaching back. Where the chunks end depends on the hashes
-    of all tokens, later ones too, as in every implementation: decoding step by step is not offered.
+    of all tokens, later ones too, as in every implementation. So a step of decoding, with a `cache`, gives
+    the new token what the whole pass gives it, but cannot mend what earlier ones were given: stacked layers
+    decode as the whole pass only where no layer stands above a hashed one.
 
     With w = chunk_size (look_back + 1 + look_ahead), time is O(L C² + H R L D (w + num_buckets / 2)), memory
     O(H R L (w + D)) in training and O(H L (w + R D)) in evaluation.
@@ -74,7 +79,8 @@ class LSHAttention(nn.Module):
         - output: (B, L, dim); a token that does not take part gives the bias of the output projection, if any
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, a size is not positive, a number of buckets is odd.
+        ValueError: `num_heads` does not divide `dim`, a size is not positive, a number of buckets is odd; a
+            `cache` comes without `is_causal`, or with a `key_mask`.
 
     Reference:
         Kitaev, Kaiser, Levskaya. Reformer: The Efficient Transformer. ICLR 2020. Section 2.
@@ -146,19 +152,27 @@ class LSHAttention(nn.Module):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
         generator: torch.Generator | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The output, (B, L, dim). Shapes as above; `generator` draws other rotations than the seed's."""
+        """The output, (B, L, dim). Shapes as above; `generator` draws other rotations than the seed's.
+
+        With a `cache`, `query` holds the new tokens alone, and they get what the last ones of a pass over all
+        tokens would. What an earlier token would get in that pass may be another thing than it got.
+        """
+        if cache is not None:
+            check_cached(key_mask, is_causal)
         query_key = split_heads(self.query_key(query), self.num_heads)
+        value = split_heads(self.value(query), self.num_heads)
+        new, dropout = query.shape[1], self.dropout if self.training else 0.0
+        if cache is not None:
+            query_key, value = cache.update(query_key, value)
         buckets, options = self._hash(query_key, generator, redraw=self.redraw and self.training)
-        heads = lsh_attention(
-            query_key,
-            split_heads(self.value(query), self.num_heads),
-            buckets,
-            **options,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        if cache is not None and new == 1 and not dropout:
+            heads = attend_last(query_key, value, buckets, Options(**options, is_causal=True))
+        else:
+            heads = lsh_attention(
+                query_key, value, buckets, **options, key_mask=key_mask, is_causal=is_causal, dropout=dropout
+            )[:, :, -new:]
         return self.out(join_heads(heads))
 
     def weights(self, query: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

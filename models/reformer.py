@@ -1,9 +1,10 @@
 """Reformer (Kitaev et al., 2020): a language model of hashed and local attention on reversible blocks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from ..blocks.parts import attend
 from ..layers import (
     AxialPositions,
     ChunkedFeedForward,
+    KeyValueCache,
     LearnedPositions,
     LocalAttention,
     LSHAttention,
@@ -103,7 +105,8 @@ class Reformer(Model):
     positions is taken, whatever the chunks. With `is_causal=False` each token sees both sides, for masked
     tokens or as an encoder.
 
-    Where a hashed layer's chunks end depends on all tokens. So there is no cache: `decoding` reads all tokens
+    Where a hashed layer's chunks end depends on all tokens, so that a new one changes what earlier ones were
+    given. `decoding` keeps keys and values where no layer stands above a hashed one; else it reads all tokens
     again at each step, and says so where a cache is asked for.
 
     Args:
@@ -171,10 +174,27 @@ class Reformer(Model):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, **factory)
         self.head = nn.Linear(width, config.vocab_size, **factory)
 
-    def forward(self, ids: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """Logits, (B, L, vocab_size); where the model is causal, of the token that follows."""
-        x = self.dropout(self.positions(self.embedding(ids)))
-        y1, y2 = self.blocks(x, key_mask=key_mask, is_causal=self.config.is_causal)
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """Logits, (B, L, vocab_size); where the model is causal, of the token that follows.
+
+        With a `cache`, one entry a block, the ids are the new ones: see `decoding`.
+        """
+        offset = cache[0].length if cache else 0
+        x = self.embedding(ids)
+        x = self.dropout(self.positions(x, offset=offset) if offset else self.positions(x))
+        if cache is None:
+            y1, y2 = self.blocks(x, key_mask=key_mask, is_causal=self.config.is_causal)
+        else:
+            y1 = y2 = x
+            for block, kept in zip(self.blocks.blocks, cache, strict=True):
+                y1 = y1 + block.get_submodule("first")(y2, is_causal=True, cache=kept)
+                y2 = y2 + block.get_submodule("second")(y1)
         joined = (y1 + y2) / 2 if self.config.streams == "mean" else torch.cat([y1, y2], -1)
         logits: Tensor = self.head(self.dropout(self.norm(joined)))
         return logits
@@ -221,20 +241,35 @@ class Reformer(Model):
             self.decoding(), prompt, num_beams=num_beams, length_penalty=length_penalty, **options
         )
 
-    def decoding(self, *, use_cache: bool = False) -> "ReformerDecoding":
+    def decoding(self, *, use_cache: bool | None = None) -> "ReformerDecoding":
         """The model at work, as `greedy_search` and `beam_search` take it: a `Decoding`.
 
+        Args:
+            use_cache: whether keys and values are kept; where it is not given, if the logits are then those
+                of the whole pass.
+
         Raises:
-            ValueError: a cache is asked for, which no hashed layer can keep; or the model is not causal.
+            ValueError: a cache is asked for, and they would not be; or the model is not causal.
         """
         if not self.config.is_causal:
             raise ValueError("is_causal must be set for a model that writes, got is_causal=False")
-        if use_cache:
-            raise ValueError(
-                "use_cache must be False: hashed attention sorts all tokens by their buckets, so that a new "
-                "token moves the chunks of those before it, and no key can be kept in its place"
-            )
-        return ReformerDecoding(self)
+        reason = self._no_cache()
+        if use_cache and reason is not None:
+            raise ValueError(f"use_cache must be False: {reason}")
+        return ReformerDecoding(self, use_cache=reason is None if use_cache is None else use_cache)
+
+    def _no_cache(self) -> str | None:
+        """Why what is kept would not give what the whole pass gives."""
+        layers = [block.get_submodule("first.layer") for block in self.blocks.blocks]
+        for index, layer in enumerate(layers):
+            if "cache" not in signature(layer.forward).parameters:
+                return f"{type(layer).__name__} keeps nothing"
+            if isinstance(layer, LSHAttention) and index < len(layers) - 1:
+                return (
+                    "hashed attention sorts all tokens by their buckets, so that a new one moves the chunks "
+                    f"of those before it, and block {index} gives the blocks above it other numbers"
+                )
+        return None
 
     def example_inputs(
         self, batch_size: int = 1, device: torch.device | str | None = None
@@ -268,19 +303,23 @@ class Reformer(Model):
 
 
 class ReformerDecoding:
-    """A Reformer that reads all tokens again at each step."""
+    """A Reformer at work on one batch: it keeps keys and values, or all tokens, to read them at each step."""
 
-    def __init__(self, model: Reformer) -> None:
+    def __init__(self, model: Reformer, *, use_cache: bool) -> None:
         self.model = model
+        self.cache = [KeyValueCache() for _ in model.blocks.blocks] if use_cache else None
         self.tokens: Tensor | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], 1)
-        logits: Tensor = self.model(self.tokens)[:, -1]
+        if self.cache is None:
+            self.tokens = tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], 1)
+        logits: Tensor = self.model(tokens, cache=self.cache)[:, -1]
         return logits
 
     def reorder(self, rows: Tensor) -> None:
         self.tokens = None if self.tokens is None else self.tokens[rows]
+        for kept in self.cache or []:
+            kept.reorder(rows)
 
 
 class _Branch(nn.Module):
@@ -301,9 +340,17 @@ class _Branch(nn.Module):
         self.layer = layer
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        out: Tensor = self.dropout(attend(self.layer, self.norm(x), key_mask=key_mask, is_causal=is_causal))
-        return out
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        out = attend(self.layer, self.norm(x), key_mask=key_mask, is_causal=is_causal, cache=cache)
+        dropped: Tensor = self.dropout(out)
+        return dropped
 
 
 _ENWIK8 = ReformerConfig()

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lamina.kernels import _lsh_chunks, explain, lsh_attention, use_backend
+from lamina.kernels._lsh_last import attend_last
+from lamina.kernels._lsh_rounds import Options
 from lamina.kernels.lsh_attention import lsh_attention_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -276,6 +278,29 @@ def test_in_chunks_a_graph_that_was_gone_through_has_no_second_derivative():
 def test_no_batch_and_no_heads_on_a_cpu(shape):
     query_key, value, buckets = draw(*shape, 11, 5)
     assert lsh_attention(query_key, value, buckets, num_buckets=4, chunk_size=3).shape == value.shape
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, *IN_CHUNKS[-3:]], ids=str)
+@given(seed=seeds, length=lengths, chunk_size=st.integers(1, 15), rounds=st.integers(1, 4))
+def test_a_step_of_decoding_is_the_last_token_of_the_whole(options, seed, length, chunk_size, rounds):
+    torch.manual_seed(seed)
+    query_key, value, buckets = draw(2, 2, length, 3, rounds=rounds)
+    options = {**options, "num_buckets": 4, "chunk_size": chunk_size, "is_causal": True}
+    expected = lsh_attention(query_key, value, buckets, **options)[:, :, -1:]
+    torch.testing.assert_close(attend_last(query_key, value, buckets, Options(**options)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_decoding_is_as_exact_as_the_definition(dtype):
+    query_key, value, buckets = draw(2, 3, 41, 8, dtype=dtype)
+    options = Options(4, 7, is_causal=True)
+    exact = [t.detach().double() for t in (query_key, value)]
+    out = attend_last(query_key, value, buckets, options)
+    assert out.dtype is dtype
+    expected = lsh_attention(*exact, buckets, **options._asdict())[:, :, -1:]
+    definition = lsh_attention(query_key, value, buckets, **options._asdict())[:, :, -1:]
+    error, allowed = ((t.double() - expected).abs().max() for t in (out, definition))
+    assert error <= 2 * allowed + torch.finfo(dtype).eps
 
 
 def plain(query_key: Tensor, value: Tensor, is_causal: bool) -> Tensor:

@@ -37,6 +37,21 @@ def test_adds_the_vectors_of_each_place_s_coordinates(seed, layer, length):
     torch.testing.assert_close(added, layer.table()[:length].expand(2, -1, -1))
 
 
+@given(seed=seeds, layer=layers(), length=st.integers(0, 625), offset=st.integers(0, 625))
+def test_an_offset_is_the_place_of_the_first_token(seed, layer, length, offset):
+    torch.manual_seed(seed)
+    offset %= layer.max_length + 1
+    length %= layer.max_length - offset + 1
+    x = torch.randn(2, offset + length, layer.dim, dtype=torch.float64)
+    torch.testing.assert_close(layer(x[:, offset:], offset=offset), layer(x)[:, offset:])
+    layer.dropout = 0.5
+    outputs = []
+    for tokens, first in (x[:, offset:], offset), (x, 0):
+        torch.manual_seed(seed)
+        outputs.append(layer(tokens, offset=first))
+    torch.testing.assert_close(outputs[0], outputs[1][:, offset:])
+
+
 @pytest.mark.parametrize("length", [60, 43, 1])
 @pytest.mark.parametrize("dims", [None, (3, 5, 2)])
 def test_equals_axial_positional_embedding(dims, length):
@@ -180,3 +195,7 @@ def test_bad_inputs_are_named(training):
         layer(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"at most 12 places, the product of shape=\(3, 4\), got 13"):
         layer(torch.randn(2, 13, 5))
+    with pytest.raises(ValueError, match=r"at most 12 places, the product of shape=\(3, 4\), got 13"):
+        layer(torch.randn(2, 1, 5), offset=12)
+    with pytest.raises(ValueError, match="offset must be at least 0, got offset=-1"):
+        layer(torch.randn(2, 1, 5), offset=-1)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lamina.kernels import lsh_buckets
 from lamina.layers import FeedForward, LSHAttention, MultiHeadAttention, Reversible, ReversibleBlock
-from lamina.layers._choices import choice
+from lamina.layers._choices import Choices, choice
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.parallel import DistributedDataParallel
@@ -169,11 +170,32 @@ def test_a_stack_within_a_stack_chooses_as_the_first():
     assert {block.first.calls for outer in stack.blocks for block in outer.first.inner.blocks} == {2}
 
 
+def test_what_the_first_run_did_not_choose_is_chosen():
+    with Choices([torch.tensor(1)]).again():
+        assert [choice(lambda n=n: torch.tensor(n)).item() for n in (2, 3)] == [1, 3]
+    assert choice(lambda: torch.tensor(4)).item() == 4
+
+
 class Loud(nn.Sequential):
     """Large outputs, so that the inputs come back with large errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 1000 * super().forward(x)
+
+
+def test_the_backward_pass_hashes_nothing(monkeypatch):
+    calls = []
+
+    def hashing(*args, **options):
+        calls.append(args)
+        return lsh_buckets(*args, **options)
+
+    monkeypatch.setattr("lamina.layers.lsh_attention.lsh_buckets", hashing)
+    stack = Reversible(ReversibleBlock(LSHAttention(8, 2, chunk_size=4), mlp(8)) for _ in range(2))
+    y1, y2 = stack(torch.randn(2, 13, 8))
+    assert len(calls) == 2
+    (y1 + y2).sum().backward()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("redraw", [False, True])

@@ -1,5 +1,6 @@
 """Reformer: transformers' model with its weights and buckets, memory that depth does not grow, any length."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -217,20 +218,69 @@ def test_any_attention_takes_its_place():
         assert model(IDS).shape == (2, 24, 13)
 
 
-def test_it_writes_and_refuses_a_cache():
-    model = randomised(Reformer(replace(SMALL, chunk_size=24), dtype=torch.float64)).eval()
+@pytest.mark.parametrize("layers", [("lsh",), ("local", "lsh"), ("lsh", "local")], ids=str)
+def test_it_writes_what_the_whole_pass_would(layers):
+    model = randomised(Reformer(replace(SMALL, layers=layers), dtype=torch.float64)).eval()
     assert isinstance(model.decoding(), Decoding)
-    options = {"max_length": 6, "end_id": 2}
+    assert (model.decoding().cache is not None) == (layers == ("local", "lsh"))
+    options = {"max_length": 9, "end_id": 2}
     found = greedy_search(model.decoding(), IDS[:, :5], **options)
     tokens = IDS[:, :5]
-    for _ in range(6):
+    for _ in range(9):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     for b in range(2):
         length = int(found.lengths[b])
         assert torch.equal(found.best[b, :length], tokens[b, 5 : 5 + length])
     assert beam_search(model.decoding(), IDS[:, :5], num_beams=2, **options).tokens.shape[:2] == (2, 2)
-    with pytest.raises(ValueError, match="use_cache must be False: hashed attention sorts"):
-        model.decoding(use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": ("local", "local", "lsh"), "depth": 3},
+        {"layers": ("local", "lsh"), "circular": True, "look_ahead": 1},
+        {"layers": ("local",), "axial_shape": None, "max_length": 24},
+        {"layers": ("lsh",), "depth": 1, "num_buckets": None},
+        {"attention": "MultiHeadAttention"},
+    ],
+    ids=str,
+)
+def test_with_a_cache_logits_are_those_of_the_whole_pass(changes):
+    torch.manual_seed(0)
+    model = randomised(Reformer(replace(SMALL, **changes), dtype=torch.float64)).eval()
+    cached, uncached = model.decoding(use_cache=True), model.decoding(use_cache=False)
+    for start, stop in itertools.pairwise([0, 7, 8, 9, 12, *range(13, 25)]):
+        step = IDS[:, start:stop]
+        expected = model(IDS[:, :stop])[:, -1]
+        torch.testing.assert_close(cached(step), expected)
+        torch.testing.assert_close(uncached(step), expected)
+    beams = {"num_beams": 3, "max_length": 5, "end_id": 2}
+    found, expected = (
+        beam_search(model.decoding(use_cache=use_cache), IDS[:, :7], **beams) for use_cache in (True, False)
+    )
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+class Forgetful(MultiHeadAttention):
+    def forward(self, query, *, key_mask=None, is_causal=False):
+        return super().forward(query, key_mask=key_mask, is_causal=is_causal)
+
+
+def test_a_cache_is_refused_where_it_would_give_other_logits():
+    for changes, attention, message in (
+        (
+            {"layers": ("lsh", "local")},
+            None,
+            "use_cache must be False: hashed attention sorts.*block 0 gives",
+        ),
+        ({"layers": ("local", "lsh", "lsh"), "depth": 3}, None, "block 1 gives"),
+        ({}, Forgetful, "use_cache must be False: Forgetful keeps nothing"),
+    ):
+        model = Reformer(replace(SMALL, **changes), attention=attention)
+        assert model.decoding().cache is None
+        with pytest.raises(ValueError, match=message):
+            model.decoding(use_cache=True)
     with pytest.raises(ValueError, match="is_causal must be set"):
         Reformer(replace(SMALL, is_causal=False)).decoding()
 

@@ -187,6 +187,8 @@ class _Rounds:
         self.table = tokens.table[heads].flatten(0, 1)  # a row for each token, its query and its value
         self.factor = tokens.factor[heads].flatten()
         self.highest = tokens.highest(heads)
+        real = self.highest if tokens.hidden is None else self.highest.masked_fill(tokens.hidden[heads], 0.0)
+        self.is_flat = bool(real.max() <= FLAT)  # to the last bit, what is hidden has no influence
         order = tokens.order[heads]
         self.groups, self.n_rounds, _ = order.shape
         self.group = torch.arange(self.groups).view(-1, 1, 1)
@@ -293,7 +295,6 @@ class _Rounds:
 
 def _forward(rounds: _Rounds, keeps: bool, out: Tensor) -> _Weights:
     """Writes the output of some heads."""
-    flat = bool(rounds.highest.max() <= FLAT)
     highest = -rounds.own(rounds.highest.flatten()[rounds.rows]).unsqueeze(-1)
     factor = rounds.factor[rounds.rows]
     of_keys = rounds.beside(factor).unsqueeze(-2)
@@ -303,9 +304,9 @@ def _forward(rounds: _Rounds, keeps: bool, out: Tensor) -> _Weights:
     given = rounds.empty("given", rounds.size, out.shape[2])
     for r, (seen, hidden) in enumerate(rounds.seen()):
         query, value = rounds.parts(r)
-        key = query if flat else query * factor[:, r].unsqueeze(-1)
+        key = query if rounds.is_flat else query * factor[:, r].unsqueeze(-1)
         scores = torch.bmm(rounds.chunks(query), rounds.windows(key).transpose(1, 2))
-        if flat:
+        if rounds.is_flat:
             torch.addcmul(highest[r], scores, of_keys[r], out=scores)
         else:
             scores.add_(torch.sub(1, seen, out=hidden), alpha=-HIDDEN)

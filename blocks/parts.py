@@ -1,6 +1,7 @@
 """How a block takes a part that its user may swap, and how it calls an attention of any kind."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,3 +40,8 @@ def attend(
         given["is_causal"] = True
     output: Tensor = attention(query, **given) if key is None else attention(query, key, **given)
     return output
+
+
+def takes_cache(attention: nn.Module) -> bool:
+    """Whether it can decode step by step."""
+    return "cache" in signature(attention.forward).parameters

@@ -70,8 +70,8 @@ def attend(
     heads, peaks, sums = [], [], []
     for r, seen in enumerate(rounds(query_key, order, labels, key_mask, options)):
         kept = seen.powers if dropped is None else dropped(seen.powers, r)
-        out = kept.to(value.dtype) @ _rows(value, seen.keys)
-        heads.append(_rows(out.flatten(2, 3), seen.places))
+        out = kept.to(value.dtype) @ rows_at(value, seen.keys)
+        heads.append(rows_at(out.flatten(2, 3), seen.places))
         peaks.append(seen.peaks)
         sums.append(seen.sums)
     parts, alone = shares(peaks, sums)
@@ -95,25 +95,25 @@ def rounds(
     size = options.chunk_size
     count = (length + size - 1) // size
     places = inverse(order)
-    tokens = _chunked(taking_part(order, key_mask), count, size, filler=length)
-    seen = _beside(tokens, options).masked_fill(~_in_reach(n_rounds, count, options, order.device), length)
+    tokens = chunked(taking_part(order, key_mask), count, size, filler=length)
+    seen = beside(tokens, options).masked_fill(~in_reach(n_rounds, count, options, order.device), length)
     ids = None
     if options.same_bucket:
         labels = numbered(labels)
         ids = labels.gather(-1, places)
-        labels = _chunked(labels, count, size, filler=-1)
-        around = _beside(labels, options)
-    at, beside = tokens.int().unsqueeze(-1), seen.int().unsqueeze(-2)
+        labels = chunked(labels, count, size, filler=-1)
+        around = beside(labels, options)
+    at, others = tokens.int().unsqueeze(-1), seen.int().unsqueeze(-2)
     queries_of, keys_of = tokens.clamp_max(length - 1), seen.clamp_max(length - 1)
     unit_keys = unit(query_key, options.scale)
     for r in range(n_rounds):
         mine = slice(r * count, (r + 1) * count)
-        own, other = at[:, :, mine], beside[:, :, mine]
+        own, other = at[:, :, mine], others[:, :, mine]
         hidden = other >= own if options.is_causal else (other == own) | (other == length)
         if options.same_bucket:
             hidden = hidden | (labels[:, :, mine, :, None] != around[:, :, mine, None, :])
         queries, keys = queries_of[:, :, mine], keys_of[:, :, mine]
-        scores = _rows(query_key, queries) @ _rows(unit_keys, keys).transpose(-2, -1)
+        scores = rows_at(query_key, queries) @ rows_at(unit_keys, keys).transpose(-2, -1)
         scores = scores.to(torch.promote_types(query_key.dtype, torch.float32))
         if options.deduplicate:
             times = _meetings(places, ids, queries, keys, count, options).clamp_min(1)
@@ -169,20 +169,20 @@ def inverse_size(x: Tensor) -> Tensor:
     return (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def _chunked(x: Tensor, count: int, size: int, filler: int) -> Tensor:
+def chunked(x: Tensor, count: int, size: int, filler: int) -> Tensor:
     """(B, H, R, L) as (B, H, R n, c), all rounds' chunks, the last chunk of each filled up."""
     filled = F.pad(x, (0, count * size - x.shape[3]), value=filler)
     return filled.view(*x.shape[:2], x.shape[2] * count, size)
 
 
-def _beside(x: Tensor, options: Options) -> Tensor:
+def beside(x: Tensor, options: Options) -> Tensor:
     """What the chunks beside each chunk, and itself, hold: (B, H, R n, w), all rounds in a ring."""
     steps = range(-options.look_back, options.look_ahead + 1)
     return torch.cat([x.roll(-step, dims=2) for step in steps], dim=-1)
 
 
-def _in_reach(n_rounds: int, count: int, options: Options, device: torch.device) -> Tensor:
-    """Which places of `_beside` a chunk may see: (R n, w)."""
+def in_reach(n_rounds: int, count: int, options: Options, device: torch.device) -> Tensor:
+    """Which places of `beside` a chunk may see: (R n, w)."""
     steps = torch.arange(-options.look_back, options.look_ahead + 1, device=device)
     if options.circular:  # a ring shorter than the reach would come round to the same chunk twice
         reach = (steps < n_rounds * count - options.look_back).expand(n_rounds * count, -1)
@@ -218,7 +218,7 @@ def _meetings(
     return total
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """x[b, h, index[b, h, ...]]: an embedding's backward pass adds rows up faster than a gather's."""
     batch, heads, length = x.shape[:3]
     first = length * torch.arange(batch * heads, device=x.device).view(batch, heads, *[1] * (index.ndim - 2))

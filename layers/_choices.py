@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 Find = Callable[[], Tensor]
+Chooser = Callable[[Find, torch.dtype], Tensor]
 
 
-def choice(find: Find) -> Tensor:
-    """What `find` gives, or in a second run what it gave in the first. It must not draw random numbers."""
-    return find() if torch.compiler.is_compiling() else _chooser.get()(find)
+def choice(find: Find, kept_as: torch.dtype) -> Tensor:
+    """What `find` gives, or in a second run, of the type `kept_as`, what it gave in the first.
+
+    It must not draw random numbers, as a second run does without it.
+    """
+    return find() if torch.compiler.is_compiling() else _chooser.get()(find, kept_as)
 
 
 class Choices:
@@ -30,9 +34,10 @@ class Choices:
         """Within the block every choice is kept; it may be one of a second run itself."""
         outer = _chooser.get()
 
-        def keep(find: Find) -> Tensor:
-            self.made.append(outer(find))
-            return self.made[-1]
+        def keep(find: Find, kept_as: torch.dtype) -> Tensor:
+            found = outer(find, kept_as)
+            self.made.append(found.to(kept_as))
+            return found
 
         with _chosen_by(keep):
             yield
@@ -42,7 +47,7 @@ class Choices:
         """Within the block what was kept is given, in order."""
         left = iter(self.made)
 
-        def give(find: Find) -> Tensor:
+        def give(find: Find, kept_as: torch.dtype) -> Tensor:
             found = next(left, None)
             return find() if found is None else found
 
@@ -50,15 +55,15 @@ class Choices:
             yield
 
 
-def _find(find: Find) -> Tensor:
+def _find(find: Find, kept_as: torch.dtype) -> Tensor:
     return find()
 
 
-_chooser: ContextVar[Callable[[Find], Tensor]] = ContextVar("chooser", default=_find)
+_chooser: ContextVar[Chooser] = ContextVar("chooser", default=_find)
 
 
 @contextmanager
-def _chosen_by(chooser: Callable[[Find], Tensor]) -> Iterator[None]:
+def _chosen_by(chooser: Chooser) -> Iterator[None]:
     token = _chooser.set(chooser)
     try:
         yield

@@ -201,9 +201,9 @@ class LSHAttention(nn.Module):
 
         def hashed() -> Tensor:
             rotations = seeded_normals(self.hash_seed, shape) if drawn is None else drawn
-            return lsh_buckets(query_key, rotations.to(query_key.device), num_buckets=factors).to(narrow)
+            return lsh_buckets(query_key, rotations.to(query_key.device), num_buckets=factors)
 
-        return choice(hashed).long(), {
+        return choice(hashed, narrow).long(), {
             "num_buckets": num_buckets,
             "chunk_size": self.chunk_size,
             "look_back": self.look_back,

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Generated, beam_search, greedy_search
-from ..blocks.parts import attend
+from ..blocks.parts import attend, takes_cache
 from ..layers import (
     AxialPositions,
     ChunkedFeedForward,
@@ -262,7 +261,7 @@ class Reformer(Model):
         """Why what is kept would not give what the whole pass gives."""
         layers = [block.get_submodule("first.layer") for block in self.blocks.blocks]
         for index, layer in enumerate(layers):
-            if "cache" not in signature(layer.forward).parameters:
+            if not takes_cache(layer):
                 return f"{type(layer).__name__} keeps nothing"
             if isinstance(layer, LSHAttention) and index < len(layers) - 1:
                 return (

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from ..blocks import (
     beam_search,
     greedy_search,
 )
+from ..blocks.parts import takes_cache
 from ..layers import (
     FeedForward,
     LearnedPositions,
@@ -317,10 +317,7 @@ class TransformerDecoding:
         self.model = model
         self.memory, self.key_mask = model.encode(source)
         self.sources = torch.arange(len(source), device=source.device)
-        caches = all(
-            "cache" in signature(block.get_submodule("attention").forward).parameters
-            for block in model.decoder.blocks
-        )
+        caches = all(takes_cache(block.get_submodule("attention")) for block in model.decoder.blocks)
         self.cache = model.decoder.make_cache() if use_cache and caches else None
         self.tokens: Tensor | None = None
 

@@ -1,12 +1,10 @@
 """Local attention: the layer against its weights, plain attention, and the libraries that people use."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lamina.layers import KeyValueCache, LocalAttention, MultiHeadAttention, RotaryPositions
+from lamina.layers import LocalAttention, MultiHeadAttention, RotaryPositions
 from torch import Tensor, nn
 
 seeds = st.integers(0, 2**31)
@@ -149,34 +147,6 @@ def test_any_length_works():
     layer = draw()
     for length in 0, 1, 3, 4, 5, 9:
         assert layer(x(2, length, 8)).shape == (2, length, 8)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [[1] * 19, [6, 1, 1, 5, 3, 1, 1, 1]], ids=str)
-def test_with_a_cache_the_new_tokens_are_the_last_of_all(kind, steps):
-    layer, tokens, cache = draw(kind), x(2, 19, 8), KeyValueCache()
-    for new, end in zip(steps, itertools.accumulate(steps), strict=True):
-        out = layer(tokens[:, end - new : end], is_causal=True, cache=cache)
-        torch.testing.assert_close(out, layer(tokens[:, :end], is_causal=True)[:, -new:])
-        assert cache.length == end
-
-
-def test_a_cache_is_of_causal_attention_to_all():
-    layer, tokens = draw(), x(2, 5, 8)
-    with pytest.raises(ValueError, match="is_causal must be set with a cache, got is_causal=False"):
-        layer(tokens, cache=KeyValueCache())
-    with pytest.raises(ValueError, match="key_mask must be None with a cache"):
-        layer(tokens, is_causal=True, key_mask=torch.ones(2, 5, dtype=torch.bool), cache=KeyValueCache())
-
-
-def test_dropout_reaches_steps_with_a_cache():
-    layer, cache = draw(dropout=0.5), KeyValueCache()
-    tokens = x(1, 12, 8)
-    with torch.no_grad():
-        layer(tokens, is_causal=True, cache=cache)
-        first = layer(tokens[:, :1], is_causal=True, cache=cache)
-        cache.crop(12)
-        assert not torch.equal(layer(tokens[:, :1], is_causal=True, cache=cache), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,13 +1,11 @@
 """LSH attention: the layer against its weights, its rotations, padding, and its peers on the same weights."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lamina.kernels import lsh_buckets
-from lamina.layers import KeyValueCache, LSHAttention
+from lamina.layers import LSHAttention
 from lamina.layers.lsh_attention import seeded_normals
 from torch import Tensor, nn
 
@@ -279,34 +277,6 @@ def test_finds_the_token_that_a_full_attention_would():
     weights = layer.weights(tokens)[0, 0]
     partner = torch.arange(512).roll(256)
     assert (weights.argmax(-1) == partner).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [[1] * 19, [6, 1, 1, 5, 3, 1, 1, 1]], ids=str)
-def test_with_a_cache_the_new_tokens_are_the_last_of_all(kind, steps):
-    layer, tokens, cache = draw(kind), x(2, 19, 8), KeyValueCache()
-    for new, end in zip(steps, itertools.accumulate(steps), strict=True):
-        out = layer(tokens[:, end - new : end], is_causal=True, cache=cache)
-        torch.testing.assert_close(out, layer(tokens[:, :end], is_causal=True)[:, -new:])
-        assert cache.length == end
-
-
-def test_a_cache_is_of_causal_attention_to_all():
-    layer, tokens = draw(), x(2, 5, 8)
-    with pytest.raises(ValueError, match="is_causal must be set with a cache, got is_causal=False"):
-        layer(tokens, cache=KeyValueCache())
-    with pytest.raises(ValueError, match="key_mask must be None with a cache"):
-        layer(tokens, is_causal=True, key_mask=torch.ones(2, 5, dtype=torch.bool), cache=KeyValueCache())
-
-
-def test_dropout_reaches_steps_with_a_cache():
-    layer, cache = draw(dropout=0.5), KeyValueCache()
-    tokens = x(1, 12, 8)
-    with torch.no_grad():
-        layer(tokens, is_causal=True, cache=cache)
-        first = layer(tokens[:, :1], is_causal=True, cache=cache)
-        cache.crop(12)
-        assert not torch.equal(layer(tokens[:, :1], is_causal=True, cache=cache), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -144,8 +144,11 @@ class Chooses(nn.Module):
         return x > 0.3
 
     def forward(self, x: Tensor) -> Tensor:
-        above = choice(lambda: self.found(x))
-        return torch.where(choice(lambda: ~self.found(x)), 1.0, 1.0 + above.double()) * self.linear(x).tanh()
+        above = choice(lambda: self.found(x), torch.bool)
+        return (
+            torch.where(choice(lambda: ~self.found(x), torch.bool), 1.0, 1.0 + above.double())
+            * self.linear(x).tanh()
+        )
 
 
 def test_a_second_run_chooses_as_the_first():
@@ -172,8 +175,8 @@ def test_a_stack_within_a_stack_chooses_as_the_first():
 
 def test_what_the_first_run_did_not_choose_is_chosen():
     with Choices([torch.tensor(1)]).again():
-        assert [choice(lambda n=n: torch.tensor(n)).item() for n in (2, 3)] == [1, 3]
-    assert choice(lambda: torch.tensor(4)).item() == 4
+        assert [choice(lambda n=n: torch.tensor(n), torch.int16).item() for n in (2, 3)] == [1, 3]
+    assert choice(lambda: torch.tensor(4), torch.int16).item() == 4
 
 
 class Loud(nn.Sequential):
